@@ -1,0 +1,64 @@
+"""The rules that hold for the whole suite: devices, JAX's strictness, shape checks, and skips in CI.
+
+Everything here is set before the first import of jax or tiue_jax, hence the order of this file.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_DEVICES = "--xla_force_host_platform_device_count=8"
+if _DEVICES.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ log: errors only
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks a hub is a broken test
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+# Every function of the package checks the shapes in its signature while tests run.
+jaxtyping.install_import_hook("tiue_jax", "beartype.beartype")
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)
+# Compiled programs are kept between runs of the suite, in a folder that git ignores.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_compilation_cache_max_size", 2 * 1024**3)
+
+_NEVER_SKIPPED = (ROOT / "tests" / "parity", ROOT / "tests" / "reference")
+
+
+def in_ci() -> bool:
+    """Return whether this is a CI run: `CI` is set to anything but nothing, 0 or false."""
+    return os.environ.get("CI", "").lower() not in ("", "0", "false")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """In CI a skipped parity or reference test is a failure: it would prove nothing."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and in_ci() and _may_not_skip(item.path) and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI, where it may not be: {item.nodeid}: {report.longrepr}"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """The same for a whole file that is skipped while it is collected (`importorskip`)."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and in_ci() and _may_not_skip(collector.path):
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI, where it may not be: {report.longrepr}"
+
+
+def _may_not_skip(path: Path) -> bool:
+    return any(path.is_relative_to(folder) for folder in _NEVER_SKIPPED)

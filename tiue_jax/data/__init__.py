@@ -1,0 +1,1 @@
+"""Prompt sources as deterministic, checkpointable iterators."""

@@ -1,0 +1,1 @@
+"""Image features and the statistics computed from them, one statistic a file."""

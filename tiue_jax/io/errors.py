@@ -1,0 +1,167 @@
+"""What a command says when it cannot go on, and the exit code it says it with.
+
+One line on standard error, `error: FILE:line [key]: what, expected X, found Y`, and then:
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 1 | a failure while running (`RunError`, a full disk, a number that is not finite) |
+| 2 | the input is wrong: a flag, a config, a file (`InputError`) |
+| 75 | stopped from outside after saving; the same command again goes on (`Preempted`) |
+
+Any other exception is a mistake of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import flags
+from absl import logging as absl_logging
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_INPUT = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+Main = Callable[[Sequence[str]], int | None]
+
+
+class InputError(Exception):
+    """The user's input is wrong, and the message says where and how.
+
+    Args:
+        what: what is wrong, in a few words ("missing keys", "not a PNG file").
+        file: the file or folder that holds the fault.
+        line: line number in `file`, from 1.
+        key: the field, parameter name or flag at fault.
+        expected: what would have been right; any object, shown with `str`.
+        found: what is there instead; any object, shown with `str`.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        file: str | os.PathLike[str] | None = None,
+        line: int | None = None,
+        key: str | None = None,
+        expected: object = None,
+        found: object = None,
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.file = None if file is None else os.fspath(file)
+        self.line = line
+        self.key = key
+        self.expected = expected
+        self.found = found
+
+    def __str__(self) -> str:
+        """Return `FILE:line [key]: what, expected X, found Y`, without the parts that are None."""
+        place = self.file or ""
+        if self.line is not None:
+            place += f":{self.line}" if place else f"line {self.line}"
+        if self.key is not None:
+            place += f" [{self.key}]" if place else f"[{self.key}]"
+        text = f"{place}: {self.what}" if place else self.what
+        if self.expected is not None:
+            text += f", expected {self.expected}"
+        if self.found is not None:
+            text += f", found {self.found}"
+        return text
+
+
+class RunError(Exception):
+    """A failure while running that no change of the input would have been told by beforehand."""
+
+
+class Preempted(Exception):
+    """The run was told to stop and has saved; the same command again resumes it."""
+
+
+def one_line(text: str) -> str:
+    """Return `text` on one line: line ends become spaces, other control characters escapes.
+
+    File names and file contents reach error messages; neither may break the line or drive a terminal.
+    """
+    joined = " ".join(part.strip() for part in text.splitlines() if part.strip())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+
+
+def run_command(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
+    """Parse absl's flags, run `main` and exit the process by the error contract.
+
+    Args:
+        main: takes the arguments that are left after the flags (program name first), returns an exit
+            code or None for 0. The docstring of its module is what `--help` prints above the flags.
+        argv: the command line, program name first; `sys.argv` by default.
+
+    Raises:
+        SystemExit: always, with one of the codes of this module.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    try:
+        code = _run(main, argv)
+    except InputError as error:
+        code = _say(str(error), EXIT_INPUT)
+    except (RunError, FloatingPointError) as error:
+        code = _say(str(error) or type(error).__name__, EXIT_FAILED)
+    except Preempted as error:
+        code = _say(str(error) or "stopped; run the same command again to go on", EXIT_PREEMPTED)
+    except OSError as error:
+        code = _say(_describe_os_error(error), EXIT_FAILED)
+    except KeyboardInterrupt:
+        code = _say("interrupted", EXIT_INTERRUPTED)
+    sys.exit(code)
+
+
+def _run(main: Main, argv: list[str]) -> int:
+    """Parse the flags, answer `--help` or call `main`; return its exit code."""
+    if any(arg in ("--help", "-help", "-h", "--h") for arg in argv[1:]):
+        print(_help_text(main, argv[0]))
+        return EXIT_DONE
+    rest = _parse_flags(argv)
+    absl_logging.use_absl_handler()
+    code = main(rest)
+    return EXIT_DONE if code is None else code
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parse `argv` into `absl.flags.FLAGS`; every fault is an InputError, those of configs included."""
+    try:
+        return list(flags.FLAGS(argv))
+    except flags.Error as error:
+        raise InputError(str(error), key="flags", expected="flags as --help lists them") from error
+    except (AttributeError, KeyError, TypeError, ValueError, ImportError, SyntaxError) as error:
+        # config_flags load and override a config while parsing, and raise what the config raises.
+        raise InputError(f"{type(error).__name__}: {error}", key="config") from error
+    except OSError as error:
+        raise InputError(error.strerror or str(error), file=error.filename, key="config") from error
+
+
+def _help_text(main: Main, program: str) -> str:
+    """Return the docstring of `main`'s module followed by the flags that this module defines."""
+    module = inspect.getmodule(main)
+    name = "__main__" if module is None else module.__name__
+    text = inspect.getdoc(module) or inspect.getdoc(main) or ""
+    listed = flags.FLAGS.module_help(program if name == "__main__" else name)
+    return f"{text}\n\nFlags:\n{listed}".rstrip()
+
+
+def _describe_os_error(error: OSError) -> str:
+    """Return `FILE: reason` for an error of the operating system."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _say(message: str, code: int) -> int:
+    """Print the one line and return `code`."""
+    sys.stdout.flush()
+    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
+    return code

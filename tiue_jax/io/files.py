@@ -1,0 +1,142 @@
+"""Files that are whole or not there: atomic writes, new folders, names that stay in their folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tiue_jax.io.errors import InputError
+
+StrPath = str | os.PathLike[str]
+
+
+def write_atomic(path: StrPath, data: bytes | str) -> None:
+    """Write `data` to `path` so that readers, and a crash, see the old file or the new one, whole.
+
+    The bytes go to a temporary name in the same folder, reach the disk, and then take the name.
+    Missing parent folders are made. Text is written as UTF-8, line ends as they are.
+
+    Raises:
+        OSError: the write failed; `path` is as it was and nothing is left beside it.
+    """
+    target = Path(path)
+    payload = data.encode("utf-8") if isinstance(data, str) else data
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _sibling(target)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(target.parent)
+
+
+@contextmanager
+def new_folder(path: StrPath) -> Iterator[Path]:
+    """Claim `path` for output: fill the yielded folder, and it takes the name when the block ends.
+
+    The yielded folder is a hidden sibling of `path`. If the block raises, it is removed, together
+    with the parent folders that were made for it. An empty folder at `path` counts as free.
+
+    Raises:
+        InputError: something that is not an empty folder is at `path`, now or when the block ends.
+    """
+    target = Path(path).resolve()  # rename would replace a link, and not fill the folder behind it
+    _require_free(target, shown=path)
+    made = [folder for folder in target.parents if not folder.exists()]  # deepest first
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _sibling(target)
+    try:
+        temporary.mkdir()
+        yield temporary
+        _sync_tree(temporary)
+        _require_free(target, shown=path)
+        try:
+            os.rename(temporary, target)  # POSIX: onto an empty folder only, and in one step
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise _in_use(path) from error
+            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):  # not empty: somebody else uses it by now
+                folder.rmdir()
+        raise
+    _sync_folder(target.parent)
+
+
+def safe_join(folder: StrPath, name: str) -> Path:
+    """Return `folder / name` for a `name` read from a file, if it stays inside of `folder`.
+
+    Raises:
+        InputError: `name` is empty, absolute, climbs with `..`, holds a backslash, a drive or a
+            NUL, or leads outside through a symbolic link.
+    """
+    expected = f"a relative name inside of {os.fspath(folder)}"
+
+    def refuse(what: str) -> InputError:
+        return InputError(what, file=folder, expected=expected, found=repr(name))
+
+    if not name or "\0" in name or "\\" in name:
+        raise refuse("not a usable file name")
+    parts = name.split("/")
+    if name.startswith("/") or ":" in parts[0] or ".." in parts or set(parts) <= {"", "."}:
+        raise refuse("file name leads out of its folder")
+    joined = Path(folder) / name
+    try:
+        inside = joined.resolve().is_relative_to(Path(folder).resolve())
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise refuse("file name cannot be resolved") from error
+    if not inside:
+        raise refuse("file name leads out of its folder through a link")
+    return joined
+
+
+def _sibling(target: Path) -> Path:
+    """Return a fresh hidden name in the folder of `target`."""
+    return target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.tmp"
+
+
+def _require_free(target: Path, *, shown: StrPath) -> None:
+    """Raise InputError unless nothing, or an empty folder, is at `target`."""
+    if target.is_dir():
+        if any(target.iterdir()):
+            raise _in_use(shown)
+    elif target.exists():
+        raise InputError("is a file", file=shown, expected="a new or empty folder")
+
+
+def _in_use(shown: StrPath) -> InputError:
+    return InputError("output folder is in use", file=shown, expected="a new or empty folder")
+
+
+def _sync_tree(folder: Path) -> None:
+    """Send every file below `folder`, and the folders themselves, to the disk."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            file = Path(root) / name
+            if file.is_file() and not file.is_symlink():
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+        _sync_folder(Path(root))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Send the entries of `folder` to the disk, where the file system knows how to."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

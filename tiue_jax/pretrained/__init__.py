@@ -1,0 +1,1 @@
+"""Diffusers folders to parameter trees and back: names, safetensors, configs, tokenizer."""

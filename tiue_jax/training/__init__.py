@@ -1,0 +1,1 @@
+"""The training state, step, sharding, loop, checkpoints and summaries."""
