@@ -1,0 +1,1 @@
+"""Programs built from tiue_jax: each folder is one worked example."""
