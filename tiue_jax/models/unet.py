@@ -1,0 +1,232 @@
+"""The UNet of Stable Diffusion, in two halves: `encode` and `decode`.
+
+A teacher is the call (both halves at one timestep). A TiUE student is `encode` once and `decode` at K
+timesteps: the same module, the same parameters.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Num
+
+from tiue_jax.models.layers import (
+    Conv,
+    Downsample,
+    GroupNorm,
+    ResnetBlock,
+    TimestepEmbedding,
+    Transformer2D,
+    Upsample,
+    timestep_embedding,
+)
+
+
+class Features(NamedTuple):
+    """What the encoder hands to the decoder.
+
+    Attributes:
+        mid: output of the mid block, [b h/8 w/8 c].
+        skips: outputs of conv_in and of every block and downsampler of the way down, in that order.
+    """
+
+    mid: Array
+    skips: tuple[Array, ...]
+
+
+class BlockOptions(NamedTuple):
+    """What all blocks of one UNet have in common."""
+
+    linear_projection: bool
+    norm_groups: int
+    norm_eps: float
+    upcast_attention: bool
+    remat: bool
+    dtype: DTypeLike
+
+    def resnet(self, features: int) -> ResnetBlock:
+        """A ResnetBlock, rematerialised in the backward pass if `remat`."""
+        block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
+        return block(features, self.norm_groups, self.norm_eps, self.dtype)
+
+    def attention(self, num_heads: int) -> Transformer2D:
+        """A Transformer2D, rematerialised in the backward pass if `remat`."""
+        block = nn.remat(Transformer2D) if self.remat else Transformer2D
+        return block(
+            num_heads, self.linear_projection, self.norm_groups, self.upcast_attention, self.dtype
+        )
+
+
+class DownBlock(nn.Module):
+    """`num_layers` x (ResnetBlock, Transformer2D if `num_heads`), then a Downsample unless last."""
+
+    features: int
+    num_layers: int
+    num_heads: int | None
+    downsample: bool
+    options: BlockOptions
+
+    def setup(self):
+        o, layers = self.options, range(self.num_layers)
+        self.resnets = [o.resnet(self.features) for _ in layers]
+        self.attentions = [o.attention(self.num_heads) for _ in layers] if self.num_heads else []
+        self.downsamplers = [Downsample(self.features, dtype=o.dtype)] if self.downsample else []
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], temb: Float[Array, "b e"], context: Float[Array, "b n d"]
+    ) -> tuple[Float[Array, "b h2 w2 c2"], list[Float[Array, "b _ _ c2"]]]:
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, temb)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """ResnetBlock, Transformer2D, ResnetBlock."""
+
+    features: int
+    num_heads: int
+    options: BlockOptions
+
+    def setup(self):
+        self.resnets = [self.options.resnet(self.features) for _ in range(2)]
+        self.attentions = [self.options.attention(self.num_heads)]
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], temb: Float[Array, "b e"], context: Float[Array, "b n d"]
+    ) -> Float[Array, "b h w c"]:
+        x = self.resnets[0](x, temb)
+        return self.resnets[1](self.attentions[0](x, context), temb)
+
+
+class UpBlock(nn.Module):
+    """`num_layers` x (ResnetBlock over x and a skip, Transformer2D if `num_heads`), then Upsample unless last."""
+
+    features: int
+    num_layers: int
+    num_heads: int | None
+    upsample: bool
+    options: BlockOptions
+
+    def setup(self):
+        o, layers = self.options, range(self.num_layers)
+        self.resnets = [o.resnet(self.features) for _ in layers]
+        self.attentions = [o.attention(self.num_heads) for _ in layers] if self.num_heads else []
+        self.upsamplers = [Upsample(self.features, dtype=o.dtype)] if self.upsample else []
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        skips: tuple[Float[Array, "b h w _"], ...],
+        temb: Float[Array, "b e"],
+        context: Float[Array, "b n d"],
+    ) -> Float[Array, "b h2 w2 c2"]:
+        for i, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
+            x = resnet(x, temb, skip)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+        for upsampler in self.upsamplers:
+            x = upsampler(x)
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or v) of noisy latents, given the timestep and the text.
+
+    The defaults are those of SD 1.5; `variants.VARIANTS` has the others.
+
+    Args:
+        block_out_channels: channels per level, finest first.
+        layers_per_block: ResnetBlocks per level on the way down (one more on the way up).
+        cross_attention: per level, finest first, whether its blocks attend to the text.
+        num_heads: attention heads per level. (`attention_head_dim` in SD's config.json is this.)
+        context_dim: width of the text encoder. The parameters depend on it, the code does not.
+        linear_projection: dense instead of 1x1-conv projections in Transformer2D (SD 2.x).
+        upcast_attention: queries and keys in fp32 (SD 2.1).
+        remat: rematerialise every ResnetBlock and Transformer2D in the backward pass.
+        dtype: compute dtype; the output is in it too.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    cross_attention: tuple[bool, ...] = (True, True, True, False)
+    num_heads: tuple[int, ...] = (8, 8, 8, 8)
+    context_dim: int = 768
+    linear_projection: bool = False
+    norm_groups: int = 32
+    norm_eps: float = 1e-5
+    upcast_attention: bool = False
+    remat: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        channels, last = self.block_out_channels, len(self.block_out_channels) - 1
+        options = BlockOptions(
+            self.linear_projection,
+            self.norm_groups,
+            self.norm_eps,
+            self.upcast_attention,
+            self.remat,
+            self.dtype,
+        )
+        heads = [
+            n if c else None for n, c in zip(self.num_heads, self.cross_attention, strict=True)
+        ]
+        self.time_embedding = TimestepEmbedding(4 * channels[0], self.dtype)
+        self.conv_in = Conv(channels[0], dtype=self.dtype)
+        self.down_blocks = [
+            DownBlock(channels[i], self.layers_per_block, heads[i], i < last, options)
+            for i in range(last + 1)
+        ]
+        self.mid_block = MidBlock(channels[last], self.num_heads[last], options)
+        self.up_blocks = [
+            UpBlock(channels[i], self.layers_per_block + 1, heads[i], i > 0, options)
+            for i in reversed(range(last + 1))
+        ]
+        self.conv_norm_out = GroupNorm(self.norm_groups, self.norm_eps, self.dtype)
+        self.conv_out = Conv(self.out_channels, dtype=self.dtype)
+
+    def _time(self, t: Num[Array, " b"]) -> Float[Array, "b e"]:
+        return self.time_embedding(timestep_embedding(t, self.block_out_channels[0]))
+
+    def encode(
+        self, x: Float[Array, "b h w c"], t: Num[Array, " b"], context: Float[Array, "b n d"]
+    ) -> Features:
+        """conv_in, the down blocks and the mid block at timestep `t`.
+
+        Args:
+            x: latents (scaled), h and w divisible by 2^(levels - 1).
+            t: timesteps, 0..999.
+            context: last hidden state of the text encoder.
+        """
+        temb, x = self._time(t), self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            x, more = block(x, temb, context)
+            skips += more
+        return Features(self.mid_block(x, temb, context), tuple(skips))
+
+    def decode(
+        self, features: Features, t: Num[Array, " b"], context: Float[Array, "b n d"]
+    ) -> Float[Array, "b h w c"]:
+        """The up blocks and the output head at timestep `t`, which need not be the encoder's."""
+        temb, x, skips = self._time(t), features.mid, features.skips
+        for block in self.up_blocks:
+            x = block(x, skips[-block.num_layers :], temb, context)
+            skips = skips[: -block.num_layers]
+        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], t: Num[Array, " b"], context: Float[Array, "b n d"]
+    ) -> Float[Array, "b h w c"]:
+        """`encode` and `decode` at the same timestep: an ordinary Stable Diffusion UNet."""
+        return self.decode(self.encode(x, t, context), t, context)

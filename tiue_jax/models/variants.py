@@ -1,0 +1,39 @@
+"""The published shapes of Stable Diffusion, and that of the embedded small one, as a literal table."""
+
+from typing import NamedTuple
+
+from tiue_jax.models.clip import CLIPTextEncoder
+from tiue_jax.models.unet import UNet
+from tiue_jax.models.vae import AutoencoderKL
+
+
+class Variant(NamedTuple):
+    """The three networks of a Stable Diffusion, and the size of its latents."""
+
+    unet: UNet
+    vae: AutoencoderKL
+    text_encoder: CLIPTextEncoder
+    latent_size: int
+
+
+_SD2_TEXT = CLIPTextEncoder(
+    hidden_size=1024, intermediate_size=4096, num_layers=23, num_heads=16, activation="gelu"
+)
+_SD2_UNET = UNet(num_heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True)
+
+VARIANTS: dict[str, Variant] = {
+    "sd15": Variant(UNet(), AutoencoderKL(), CLIPTextEncoder(), 64),
+    "sd21_base": Variant(_SD2_UNET, AutoencoderKL(), _SD2_TEXT, 64),
+    "sd21": Variant(_SD2_UNET.clone(upcast_attention=True), AutoencoderKL(), _SD2_TEXT, 96),
+}
+
+
+def variant(name: str) -> Variant:
+    """The variant called `name`.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"variant {name!r}: choose from {sorted(VARIANTS)}")
+    return VARIANTS[name]
