@@ -5,8 +5,11 @@ Everything here is set before the first import of jax or tiue_jax, hence the ord
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,11 +21,33 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ log: errors only
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks a hub is a broken test
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
+import flax.struct  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
+
+def _unchecked(decorate: Callable[..., Any]) -> Callable[..., Any]:
+    """Exempt the classes that `decorate` makes from the check of their fields' shapes.
+
+    JAX rebuilds a `flax.struct.dataclass` through its `__init__` with whatever a tree map returned:
+    ShapeDtypeStructs, shardings, None. Its annotations say what it holds at run time, no more.
+    Modules and plain dataclasses stay checked.
+    """
+
+    @functools.wraps(decorate)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        made = decorate(*args, **kwargs)
+        if not isinstance(made, type):  # called with options: made is the decorator
+            return _unchecked(made)
+        made.__no_type_check__ = True  # type: ignore[attr-defined]
+        return made
+
+    return wrapped
+
+
 # Every function of the package checks the shapes in its signature while tests run.
+flax.struct.dataclass = _unchecked(flax.struct.dataclass)
 jaxtyping.install_import_hook("tiue_jax", "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

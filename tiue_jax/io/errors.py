@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -133,16 +135,45 @@ def _run(main: Main, argv: list[str]) -> int:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Parse `argv` into `absl.flags.FLAGS`; every fault is an InputError, those of configs included."""
+    """Parse `argv` into `absl.flags.FLAGS`; every fault is an InputError, those of configs included.
+
+    ml_collections' config flags load and override a config while they are parsed. They raise
+    whatever the config raises, and hide a config that is not there until it is first used.
+    """
+    sys.argv = argv  # where config flags look for the overrides
     try:
-        return list(flags.FLAGS(argv))
+        rest = list(flags.FLAGS(argv))
+        for name in flags.FLAGS:
+            if hasattr(flags.FLAGS[name], "config_filename"):
+                hasattr(flags.FLAGS[name].value, "lock")  # raises OSError if it was not loaded
+        return rest
     except flags.Error as error:
-        raise InputError(str(error), key="flags", expected="flags as --help lists them") from error
-    except (AttributeError, KeyError, TypeError, ValueError, ImportError, SyntaxError) as error:
-        # config_flags load and override a config while parsing, and raise what the config raises.
-        raise InputError(f"{type(error).__name__}: {error}", key="config") from error
+        raise InputError(_last_line(error), expected="flags as --help lists them") from error
     except OSError as error:
-        raise InputError(error.strerror or str(error), file=error.filename, key="config") from error
+        raise InputError(_last_line(error), key="--config") from error
+    except Exception as error:
+        raise _config_error(argv, error) from error
+
+
+def _config_error(argv: list[str], error: Exception) -> InputError:
+    """Say where a config file failed, or which override names a key that the config has not."""
+    if isinstance(error, SyntaxError):
+        return InputError(f"SyntaxError: {error.msg}", file=error.filename, line=error.lineno)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, AttributeError | KeyError) and "ml_collections" in frame.filename:
+        missing = str(error).strip("'\"")
+        given = [arg.lstrip("-").partition("=")[0] for arg in argv[1:] if arg.startswith("-")]
+        named = [name for name in given if name.endswith("." + missing)]
+        return InputError("no such config key", key=named[0] if named else missing)
+    what = f"{type(error).__name__}: {_last_line(error)}"
+    return InputError(what, file=frame.filename, line=frame.lineno)
+
+
+def _last_line(error: Exception) -> str:
+    """Return the last line of an error's text: where a traceback was put in it, that says the most."""
+    text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return re.sub(r"^\[Errno \d+\] ", "", lines[-1]) if lines else type(error).__name__
 
 
 def _help_text(main: Main, program: str) -> str:
