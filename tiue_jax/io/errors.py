@@ -144,15 +144,29 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = list(flags.FLAGS(argv))
         for name in flags.FLAGS:
-            if hasattr(flags.FLAGS[name], "config_filename"):
-                hasattr(flags.FLAGS[name].value, "lock")  # raises OSError if it was not loaded
+            flag = flags.FLAGS[name]
+            if flag.present and hasattr(flag, "config_filename"):
+                hasattr(flag.value, "lock")  # raises OSError if it was not loaded
         return rest
     except flags.Error as error:
-        raise InputError(_last_line(error), expected="flags as --help lists them") from error
+        if "Traceback" in str(error):  # a config that raises ValueError or TypeError
+            raise InputError(_last_line(error), key="--config") from error
+        raise _flag_error(str(error)) from error
     except OSError as error:
         raise InputError(_last_line(error), key="--config") from error
     except Exception as error:
         raise _config_error(argv, error) from error
+
+
+def _flag_error(text: str) -> InputError:
+    """Turn absl's `flag --NAME=VALUE: reason` into our form; other texts stay as they are."""
+    split = re.fullmatch(r"flag --([\w.\-]+)=(.*?): (.*)", text, re.DOTALL)
+    if not split:
+        return InputError(f"{text.rstrip(' ?.')}; --help lists the flags")
+    name, value, reason = split.groups()
+    if value == "None":
+        return InputError("is required", key=f"--{name}")
+    return InputError(reason.rstrip("."), key=f"--{name}", found=repr(value))
 
 
 def _config_error(argv: list[str], error: Exception) -> InputError:
@@ -162,9 +176,11 @@ def _config_error(argv: list[str], error: Exception) -> InputError:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     if isinstance(error, AttributeError | KeyError) and "ml_collections" in frame.filename:
         missing = str(error).strip("'\"")
-        given = [arg.lstrip("-").partition("=")[0] for arg in argv[1:] if arg.startswith("-")]
+        given = [arg.partition("=")[0] for arg in argv[1:] if arg.startswith("--")]
         named = [name for name in given if name.endswith("." + missing)]
-        return InputError("no such config key", key=named[0] if named else missing)
+        if named:
+            return InputError("no such config key", key=named[0])
+        return InputError(missing, key="--config")
     what = f"{type(error).__name__}: {_last_line(error)}"
     return InputError(what, file=frame.filename, line=frame.lineno)
 
