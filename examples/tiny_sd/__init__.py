@@ -1,1 +1,1 @@
-"""The embedded teacher: a small real Stable Diffusion, trained here from nothing on drawn scenes."""
+"""The embedded teacher: a small real Stable Diffusion, trained from nothing on drawn scenes."""

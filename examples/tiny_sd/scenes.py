@@ -43,7 +43,7 @@ Pairs = Literal["seen", "unseen", "all"]
 
 @dataclass(frozen=True, slots=True)
 class SceneObject:
-    """One shape. Centre (x right, y down) and radius in pixels, angle in radians, tint per channel."""
+    """One shape: centre (x right, y down) and radius in pixels, angle in radians, tint."""
 
     shape: str
     colour: str
@@ -103,7 +103,7 @@ def sample_scenes(rng: np.random.Generator, n: int, *, pairs: Pairs = "seen") ->
         rng: the only source of randomness.
         n: number of scenes.
         pairs: colour-shape pairs allowed. "seen": the training distribution. "all": every pair.
-            "unseen": the first object described is a held-out pair, a second one is any pair.
+            "unseen": one object is a held-out pair, the other one (if any) is any pair.
     """
     if pairs not in _PAIRS:
         raise ValueError(f"pairs {pairs!r}: choose from {sorted(_PAIRS)}")

@@ -12,7 +12,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 MAX_LENGTH = 77
 EXTRA_WORDS = (  # not in captions, so that a user's wording is not cut into letters
-    *"the and or of on in to by with at is are it its this that one two three next near behind".split(),
+    *"the and or of on in to by with at is are it its this one two three next behind".split(),
     *"photo picture image drawing painting beautiful high quality low bad blurry nothing".split(),
     *"star diamond oval rectangle moon brown gold silver dark light bright plain dotted".split(),
 )
