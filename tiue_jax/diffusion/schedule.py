@@ -31,7 +31,7 @@ class NoiseSchedule:
         ValueError: on a name that is not in the tables above, or alphas outside (0, 1].
     """
 
-    alphas_cumprod: Float64[np.ndarray, "T"]
+    alphas_cumprod: Float64[np.ndarray, " T"]
     prediction_type: str = "epsilon"
     steps_offset: int = 1
     set_alpha_to_one: bool = False
@@ -53,7 +53,7 @@ class NoiseSchedule:
         """abar the last DDIM step arrives at (any previous timestep below 0)."""
         return 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod[0])
 
-    def timesteps(self, num_steps: int, spacing: str | None = None) -> Int32[np.ndarray, "K"]:
+    def timesteps(self, num_steps: int, spacing: str | None = None) -> Int32[np.ndarray, " K"]:
         """The timesteps t_1 > ... > t_K of a sampler of `num_steps` steps.
 
         leading: multiples of T // K, plus steps_offset; trailing: from T - 1 down in steps of T /
@@ -83,13 +83,13 @@ class NoiseSchedule:
             steps = np.linspace(0, total - 1, num_steps).round()[::-1]
         if steps[0] >= total:
             raise ValueError(
-                f"num_steps {num_steps} with {spacing} spacing and steps_offset {self.steps_offset} "
+                f"num_steps {num_steps}, {spacing} spacing, steps_offset {self.steps_offset} "
                 f"starts at timestep {int(steps[0])}, past the schedule's last, {total - 1}: "
                 "take fewer steps or trailing spacing"
             )
         return np.ascontiguousarray(steps, dtype=np.int32)
 
-    def previous_timesteps(self, timesteps: Int[np.ndarray, "K"]) -> Int32[np.ndarray, "K"]:
+    def previous_timesteps(self, timesteps: Int[np.ndarray, " K"]) -> Int32[np.ndarray, " K"]:
         """The timestep each DDIM step arrives at; below 0 means `final_alpha_cumprod`.
 
         For the timesteps of a named spacing this is t - T // K, which is what diffusers computes
@@ -118,8 +118,8 @@ class NoiseSchedule:
         return np.sqrt(abar), np.sqrt(1.0 - abar)
 
     def coefficients(
-        self, t: Int[Array, "b"], ndim: int
-    ) -> tuple[Float[Array, "b *ones"], Float[Array, "b *ones"]]:
+        self, t: Int[Array, " b"], ndim: int
+    ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
         """fp32 (alpha_t, sigma_t) on the device, [b, 1, ..., 1] to multiply `ndim` axes."""
         alpha, sigma = self.alpha_sigma(np.arange(self.num_train_timesteps))
         shape = (-1,) + (1,) * (ndim - 1)
@@ -129,15 +129,15 @@ class NoiseSchedule:
         )
 
     def add_noise(
-        self, x0: Float[Array, "b *rest"], noise: Float[Array, "b *rest"], t: Int[Array, "b"]
-    ) -> Float[Array, "b *rest"]:
+        self, x0: Float[Array, "b ..."], noise: Float[Array, "b ..."], t: Int[Array, " b"]
+    ) -> Float[Array, "b ..."]:
         """x_t = alpha_t x0 + sigma_t noise, in fp32."""
         alpha, sigma = self.coefficients(t, x0.ndim)
         return alpha * x0 + sigma * noise
 
     def to_eps(
-        self, output: Float[Array, "b *rest"], x_t: Float[Array, "b *rest"], t: Int[Array, "b"]
-    ) -> Float[Array, "b *rest"]:
+        self, output: Float[Array, "b ..."], x_t: Float[Array, "b ..."], t: Int[Array, " b"]
+    ) -> Float[Array, "b ..."]:
         """The noise a UNet output stands for: itself, or alpha_t v + sigma_t x_t."""
         if self.prediction_type == "epsilon":
             return output

@@ -1,0 +1,265 @@
+"""Checkpoints of the whole training state; the only module that sees Orbax.
+
+`WORKDIR/checkpoints/STEP/` holds `state` (step, student, EMA, LoRA, both optimisers), `data` (grain's
+iterator) and `meta` (JSON: what run this is, and a digest of every array). Saving is asynchronous; a
+checkpoint counts from the moment Orbax commits it, so a kill in the middle leaves the one before.
+Orbax stores no checksum of array data (a flipped bit would restore silently): ours is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jaxtyping import Array, Bool, PyTree, UInt32
+from orbax.checkpoint import checkpoint_managers
+
+from tiue_jax.data import pipeline
+from tiue_jax.io.errors import InputError, RunError
+
+FOLDER = "checkpoints"
+DAMAGED_FOLDER = "checkpoints_damaged"
+PARTS = ("student", "ema", "lora")
+
+Meta = dict[str, Any]
+State = TypeVar("State")
+
+
+class Restored(NamedTuple):
+    """The newest checkpoint that is whole: its step, state, and meta."""
+
+    step: int
+    state: Any
+    meta: Meta
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Args:
+        workdir: the run's folder; `checkpoints/` is made in it.
+        keep: how many of the latest to keep, at least 1.
+    """
+
+    def __init__(self, workdir: Path, *, keep: int) -> None:
+        self._folder = workdir.resolve() / FOLDER
+        self._damaged = workdir.resolve() / DAMAGED_FOLDER
+        self._keep = keep
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.LatestN(self._keep),
+            cleanup_tmp_directories=True,  # what a kill left half written
+        )
+        return ocp.CheckpointManager(self._folder, options=options)
+
+    def latest(self) -> int | None:
+        """The step of the newest committed checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, meta: Meta, batches: grain.DatasetIterator) -> None:
+        """Start to save `state` as checkpoint `step`; a step that is there already is left alone.
+
+        Waits for the device and the copy to the host, not for the disk.
+
+        Raises:
+            RunError: an array holds NaN or infinity. Nothing is saved.
+        """
+        if step in self._manager.all_steps():
+            return
+        digests, finite = inspect_arrays(state)
+        bad = [name for name, is_finite in finite.items() if not is_finite]
+        if bad:
+            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            raise RunError(f"step {step}: {bad[0]}{more} is not finite; not saved")
+        data = {"batch": pipeline.position(batches), "process_count": jax.process_count()}
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            meta=ocp.args.JsonSave({**meta, "step": step, "data": data, "digests": digests}),
+            data=grain.checkpoint.CheckpointSave(batches),
+        )
+        if not self._manager.save(step, args=args, force=True):
+            raise RunError(f"step {step}: Orbax did not save the checkpoint")
+
+    def restore(
+        self, target: State, batches: grain.DatasetIterator, check: Callable[[Meta], None]
+    ) -> Restored | None:
+        """Restore the newest checkpoint that is whole, and move damaged newer ones aside.
+
+        Args:
+            target: a state of this run, as arrays or ShapeDtypeStructs with shardings; what was
+                saved under other shardings is distributed by these.
+            batches: put where it was, also where the number of processes has changed.
+            check: called with a checkpoint's meta before its arrays are read; raises to refuse it.
+
+        Returns:
+            The checkpoint, or None where there is none.
+
+        Raises:
+            InputError: there are checkpoints and none of them can be read, or `check` raised it.
+        """
+        damage: dict[int, Exception] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._restore_step(step, target, batches, check)
+            except InputError:
+                raise
+            except Exception as error:  # Orbax, tensorstore and json raise of every kind
+                logging.warning("checkpoint %d cannot be used: %s", step, error)
+                damage[step] = error
+                continue
+            self._put_aside(sorted(damage))
+            return restored
+        if damage:
+            newest = max(damage)
+            raise InputError(
+                f"no checkpoint can be read ({len(damage)} tried); newest: {damage[newest]}",
+                file=self._folder / str(newest),
+            )
+        return None
+
+    def _restore_step(
+        self,
+        step: int,
+        target: State,
+        batches: grain.DatasetIterator,
+        check: Callable[[Meta], None],
+    ) -> Restored:
+        meta = _read_meta(self._manager, step)
+        check(meta)
+        abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, target)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        state = self._manager.restore(step, args=args)["state"]
+        _verify(state, meta["digests"])
+        if meta["data"]["process_count"] == jax.process_count():
+            args = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(batches))
+            self._manager.restore(step, args=args)
+        else:  # grain's file is per process; the order of the batches is not
+            pipeline.seek(batches, meta["data"]["batch"])
+        if pipeline.position(batches) != meta["data"]["batch"]:
+            raise ValueError(f"the data iterator is not at batch {meta['data']['batch']}")
+        return Restored(step, state, meta)
+
+    def _put_aside(self, steps: list[int]) -> None:
+        """Move checkpoints out of the way of the run that will save these steps again."""
+        if not steps or jax.process_index() != 0:
+            return
+        self._manager.close()
+        for step in steps:
+            self._damaged.mkdir(exist_ok=True)
+            taken = {path.name for path in self._damaged.iterdir()}
+            name = next(n for i in range(10**6) if (n := f"{step}.{i}") not in taken)
+            (self._folder / str(step)).rename(self._damaged / name)
+            logging.warning("moved checkpoint %d to %s", step, self._damaged / name)
+        self._manager = self._open()
+
+    def close(self) -> None:
+        """Wait until everything is on the disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def restore_params(workdir: str | Path, which: str = "ema") -> PyTree[np.ndarray]:
+    """Return one parameter tree of the newest whole checkpoint of a run, as numpy arrays.
+
+    Args:
+        workdir: the run's folder.
+        which: "ema" (what a run exports), "student" or "lora".
+
+    Raises:
+        InputError: there is no checkpoint, or none can be read.
+        ValueError: unknown `which`.
+    """
+    if which not in PARTS:
+        raise ValueError(f"which {which!r}: choose from {sorted(PARTS)}")
+    folder = Path(workdir).resolve() / FOLDER
+    if not folder.is_dir():
+        raise InputError("holds no checkpoints", file=workdir, expected="a workdir of main")
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+    damage: Exception | None = None
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        for step in sorted(manager.all_steps(), reverse=True):
+            try:
+                return _restore_part(manager, step, folder / str(step) / "state", which)
+            except Exception as error:  # Orbax, tensorstore and json raise of every kind
+                logging.warning("checkpoint %d cannot be used: %s", step, error)
+                damage = damage or error
+    raise InputError(
+        f"no checkpoint can be read: {damage}" if damage else "holds no finished checkpoint",
+        file=folder,
+    )
+
+
+def _restore_part(
+    manager: ocp.CheckpointManager, step: int, folder: Path, which: str
+) -> PyTree[np.ndarray]:
+    meta = _read_meta(manager, step)
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata(folder).item_metadata.tree[which]
+        wanted = {which: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+        found = reader.restore(folder, args=args)
+    _verify(found, {k: v for k, v in meta["digests"].items() if k.split("/")[0] == which})
+    return found[which]
+
+
+def _read_meta(manager: ocp.CheckpointManager, step: int) -> Meta:
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+
+def _verify(state: Any, digests: Mapping[str, int]) -> None:
+    """Raise ValueError unless every array of `state` has the digest it was saved with."""
+    found, _ = inspect_arrays(state)
+    wrong = sorted(k for k in found.keys() | digests.keys() if found.get(k) != digests.get(k))
+    if wrong:
+        raise ValueError(f"{len(wrong)} arrays are not what was saved, {wrong[0]} the first")
+
+
+def inspect_arrays(tree: Any) -> tuple[dict[str, int], dict[str, bool]]:
+    """Return, by path, a 32-bit digest of every array and whether all its numbers are finite.
+
+    The digest is the sum of every element's bits times an odd number that grows with its place,
+    modulo 2**32: any one changed element changes it, and no sharding or order of adding does.
+    """
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
+    names = ["/".join(_key_name(key) for key in path) for path in paths]
+    digests, finite = jax.device_get(_inspect(leaves))
+    return (
+        {name: int(value) for name, value in zip(names, digests, strict=True)},
+        {name: bool(value) for name, value in zip(names, finite, strict=True)},
+    )
+
+
+def _key_name(key: Any) -> str:
+    """The bare name of a tree path's entry: a dict key, a field, or a place in a sequence."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+@jax.jit
+def _inspect(leaves: tuple[Array, ...]) -> tuple[UInt32[Array, "n"], Bool[Array, "n"]]:
+    return (
+        jnp.stack([_digest(leaf) for leaf in leaves]),
+        jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]),
+    )
+
+
+def _digest(x: Array) -> UInt32[Array, ""]:
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    raw = x.astype(jnp.uint8) if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    weight = 2 * place + 1
+    return jnp.sum(raw.astype(jnp.uint32) * weight, dtype=jnp.uint32)

@@ -1,0 +1,119 @@
+"""The options of one training iteration, with the paper's values as defaults."""
+
+from dataclasses import dataclass
+
+import optax
+
+from tiue_jax.diffusion.schedule import NoiseSchedule
+from tiue_jax.diffusion.student import student_timesteps
+
+LearningRate = float | optax.Schedule
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What an iteration computes.
+
+    Attributes:
+        num_steps, timestep_spacing: K and the spread of the student's decoder timesteps.
+        timesteps, t_enc: given outright instead, decreasing; None: from the two above, t_enc = t_1.
+        latent_size: height and width of the latents (pixels / 8).
+        guidance_scale: w, for teacher and LoRA teacher alike.
+        vsd_t_min, vsd_t_max: the VSD timestep is uniform in this range, both ends included.
+        lambda_kl: weight of the KL term, a SUM over noise maps.
+        kl_batch: the sum is taken as over the maps of this many images, whatever the batch:
+            lambda_kl * kl_batch / batch * sum. The paper sums over the 8 images of one device and
+            averages over devices: 8. None: the sum over all images of the batch.
+        student_lr, lora_lr: Adam's, constant or an optax schedule of the own update count.
+        adam_b1, adam_b2, adam_eps: Adam's, for both; no weight decay.
+        clip_grad_norm: each network's gradient is scaled down to at most this global norm.
+        lora_rank, lora_alpha, lora_targets: the LoRA teacher is kernel + alpha / rank * a b.
+        lora_warmup: in the first so many iterations only the LoRA learns.
+        null_prompt_prob: probability that the LoRA loss takes the null prompt for the whole batch.
+        ema_max_decay: upper bound of the moving average's decay (1 + n) / (10 + n).
+
+    Raises:
+        ValueError: on values out of range.
+    """
+
+    num_steps: int = 4
+    timestep_spacing: str = "leading"
+    timesteps: tuple[int, ...] | None = None
+    t_enc: int | None = None
+    latent_size: int = 64
+    guidance_scale: float = 4.5
+    vsd_t_min: int = 20
+    vsd_t_max: int = 980
+    lambda_kl: float = 0.1
+    kl_batch: int | None = None
+    student_lr: LearningRate = 1e-6
+    lora_lr: LearningRate = 1e-3
+    adam_b1: float = 0.9
+    adam_b2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad_norm: float = 1.0
+    lora_rank: int = 64
+    lora_alpha: float = 108.0
+    lora_targets: tuple[str, ...] = ("to_q", "to_v")
+    lora_warmup: int = 0
+    null_prompt_prob: float = 0.1
+    ema_max_decay: float = 0.9999
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.vsd_t_min <= self.vsd_t_max:
+            raise ValueError(
+                f"vsd_t_min {self.vsd_t_min}, vsd_t_max {self.vsd_t_max}: "
+                "expected 0 <= vsd_t_min <= vsd_t_max"
+            )
+        if not 0.0 <= self.null_prompt_prob <= 1.0:
+            raise ValueError(f"null_prompt_prob {self.null_prompt_prob}: expected 0..1")
+        if not 0.0 <= self.ema_max_decay < 1.0:
+            raise ValueError(f"ema_max_decay {self.ema_max_decay}: expected 0 <= decay < 1")
+        for name in ("num_steps", "latent_size", "clip_grad_norm", "lora_rank"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected more than 0")
+        if self.lora_warmup < 0:
+            raise ValueError(f"lora_warmup {self.lora_warmup}: expected at least 0")
+
+    @property
+    def lora_scale(self) -> float:
+        """alpha / rank."""
+        return self.lora_alpha / self.lora_rank
+
+    def student_timesteps(self, schedule: NoiseSchedule) -> tuple[int, ...]:
+        """The decoder timesteps t_1 > ... > t_K.
+
+        Raises:
+            ValueError: for timesteps that are not decreasing within the schedule, or a single step
+                that would return the noise.
+        """
+        if self.timesteps is None:
+            spread = student_timesteps(schedule, self.num_steps, self.timestep_spacing)
+            return tuple(int(t) for t in spread)
+        bounds = (schedule.num_train_timesteps, *self.timesteps, -1)
+        if any(low >= high for high, low in zip(bounds, bounds[1:], strict=False)):
+            raise ValueError(
+                f"timesteps {self.timesteps}: expected decreasing, within "
+                f"0..{schedule.num_train_timesteps - 1}"
+            )
+        return self.timesteps
+
+    def encoder_timestep(self, schedule: NoiseSchedule) -> int:
+        """t_enc: the first decoder timestep unless given."""
+        return self.student_timesteps(schedule)[0] if self.t_enc is None else self.t_enc
+
+    def optimizers(self) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+        """Adam behind global-norm clipping, for the student and for the LoRA."""
+
+        def adam(learning_rate: LearningRate) -> optax.GradientTransformation:
+            return optax.chain(
+                optax.clip_by_global_norm(self.clip_grad_norm),
+                optax.adam(learning_rate, self.adam_b1, self.adam_b2, self.adam_eps),
+            )
+
+        return adam(self.student_lr), adam(self.lora_lr)
+
+    def kl_weight(self, batch_size: int) -> float:
+        """What the sum over the batch's K * batch_size maps is multiplied with."""
+        scale = 1.0 if self.kl_batch is None else self.kl_batch / batch_size
+        return self.lambda_kl * scale

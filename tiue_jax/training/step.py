@@ -1,0 +1,245 @@
+"""One training iteration of TiUE, as one pure function.
+
+    z ~ N(0, I);   eps_1..K, x0 = student(z, y)
+    t ~ U{20..980}, n ~ N(0, I);   x_t = alpha_t x0 + sigma_t n
+    e_T = teacher(x_t, t, y),  e_L = (teacher + LoRA)(x_t, t, y)          both guided, no gradient
+    g = nan_to_num(sigma_t^2 (e_T - e_L));   L = 0.5 mean((x0 - stop(x0 - g))^2) + lambda KL(eps)
+    student: clip, Adam;   moving average
+    t ~ U{0..999}, fresh n, the x0 from BEFORE the student's update;   LoRA: clip, Adam on L_lora
+
+Source: arXiv 2505.21960; TiUE's public code (sen-mao/Loopfree at 9a232a9).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from tiue_jax.diffusion import losses
+from tiue_jax.diffusion.ddim import closed_form, guided_output
+from tiue_jax.diffusion.schedule import NoiseSchedule
+from tiue_jax.diffusion.student import student_forward
+from tiue_jax.models.clip import CLIPTextEncoder
+from tiue_jax.models.lora import merge_lora
+from tiue_jax.models.unet import UNet
+from tiue_jax.training.options import StepOptions
+from tiue_jax.training.state import Frozen, TrainState, ema_decay, update_ema
+
+Metrics = dict[str, Array]
+StepFunction = Callable[..., Any]
+
+__all__ = ["Draws", "Frozen", "StepOptions", "make_step", "sample_draws"]
+
+
+@flax.struct.dataclass
+class Draws:
+    """Every random number of one iteration.
+
+    Attributes:
+        noise: z, the student's input.
+        vsd_noise, vsd_t: of the VSD term's x_t.
+        lora_noise, lora_t: of the LoRA loss's x_t.
+        null_uniform: below null_prompt_prob, the LoRA loss takes the null prompt for the batch.
+    """
+
+    noise: Float[Array, "b h w c"]
+    vsd_noise: Float[Array, "b h w c"]
+    vsd_t: Int[Array, " b"]
+    lora_noise: Float[Array, "b h w c"]
+    lora_t: Int[Array, " b"]
+    null_uniform: Float[Array, ""]
+
+
+def sample_draws(
+    key: PRNGKeyArray,
+    step: int | Int[Array, ""],
+    batch_size: int,
+    latent_shape: tuple[int, int, int],
+    *,
+    vsd_t_range: tuple[int, int] = (20, 980),
+    num_train_timesteps: int = 1000,
+) -> Draws:
+    """The draws of iteration `step`: a function of key, step and place in the batch, nothing else.
+
+    Every example has its own key, so its draws do not depend on the batch size or on how the batch
+    is split over devices.
+
+    Args:
+        key: of the whole training run.
+        latent_shape: (h, w, c) of one example.
+        vsd_t_range: both ends included.
+    """
+    batch_key, null_key = jax.random.split(jax.random.fold_in(key, step))
+    keys = jax.vmap(lambda i: jax.random.fold_in(batch_key, i))(jnp.arange(batch_size))
+
+    def example(key: PRNGKeyArray) -> tuple[Array, ...]:
+        k_noise, k_vsd, k_vsd_t, k_lora, k_lora_t = jax.random.split(key, 5)
+        return (
+            jax.random.normal(k_noise, latent_shape),
+            jax.random.normal(k_vsd, latent_shape),
+            jax.random.randint(k_vsd_t, (), vsd_t_range[0], vsd_t_range[1] + 1),
+            jax.random.normal(k_lora, latent_shape),
+            jax.random.randint(k_lora_t, (), 0, num_train_timesteps),
+        )
+
+    return Draws(*jax.vmap(example)(keys), null_uniform=jax.random.uniform(null_key))
+
+
+def make_step(
+    unet: UNet,
+    text_encoder: CLIPTextEncoder,
+    schedule: NoiseSchedule,
+    options: StepOptions,
+    *,
+    with_gradients: bool = False,
+) -> StepFunction:
+    """Build the iteration. Compute dtype and rematerialisation are the modules' own options.
+
+    Returns:
+        step(state, frozen, input_ids [b n], key, draws=None) -> (state, metrics): a pure function
+        to be jitted (`sharding.jit_step`). Metrics are fp32 scalars. `draws` replaces what (key,
+        state.step) gives. `with_gradients` adds a third result, {"student", "lora"}: the gradients
+        before clipping.
+
+    Raises:
+        ValueError: for a teacher that does not predict noise, or impossible timesteps.
+    """
+    if schedule.prediction_type != "epsilon":
+        raise ValueError(
+            f"prediction_type {schedule.prediction_type!r}: distillation needs a teacher that "
+            "predicts the noise (epsilon): SD 1.5 or SD 2.1-base, not the 768-pixel SD 2.1"
+        )
+    timesteps = np.asarray(options.student_timesteps(schedule), np.int32)
+    t_enc = options.encoder_timestep(schedule)
+    S, E = closed_form(schedule, timesteps)
+    student_optimizer, lora_optimizer = options.optimizers()
+    latent_shape = (options.latent_size, options.latent_size, unet.in_channels)
+
+    def student(params: Mapping, draws: Draws, context: Array) -> tuple[Array, Array]:
+        return student_forward(unet, params, draws.noise, context, timesteps, t_enc, S, E)
+
+    def score_gradient(
+        x0: Array, draws: Draws, state: TrainState, frozen: Frozen, context: Array, null: Array
+    ) -> Array:
+        x_t = schedule.add_noise(x0, draws.vsd_noise, draws.vsd_t)
+        _, sigma = schedule.coefficients(draws.vsd_t, x0.ndim)
+        adapted = merge_lora(frozen.teacher, state.lora, options.lora_scale)
+        eps_teacher, eps_lora = (
+            guided_output(unet, p, x_t, draws.vsd_t, context, null, options.guidance_scale)
+            for p in (frozen.teacher, adapted)
+        )
+        return losses.vsd_gradient(eps_teacher, eps_lora, sigma)
+
+    def update_student(
+        state: TrainState, frozen: Frozen, draws: Draws, context: Array, null: Array
+    ) -> tuple[TrainState, Array, Metrics, Mapping]:
+        def loss(params: Mapping) -> tuple[Array, tuple[Array, Array, Metrics]]:
+            x0, eps = student(params, draws, context)
+            fixed = jax.lax.stop_gradient(x0)
+            gradient = score_gradient(fixed, draws, state, frozen, context, null)
+            vsd = losses.vsd_loss(x0, gradient)
+            kl = options.kl_weight(len(x0)) * losses.kl_loss(eps)
+            parts = {
+                "loss/student": vsd + kl,
+                "loss/vsd": vsd,
+                "loss/kl": kl,
+                "vsd/gradient_rms": jnp.sqrt(jnp.mean(jnp.square(gradient))),
+                "latents/std": jnp.std(x0),
+            }
+            return vsd + kl, (x0, parts)
+
+        grads, (x0, metrics) = jax.grad(loss, has_aux=True)(state.student)
+        updates, opt = student_optimizer.update(grads, state.student_opt, state.student)
+        params = optax.apply_updates(state.student, updates)
+        decay = ema_decay(state.step + 1 - options.lora_warmup, options.ema_max_decay)
+        metrics |= {
+            "grad_norm/student": optax.global_norm(grads),
+            "update_norm/student": optax.global_norm(updates),
+            "ema/decay": decay,
+        }
+        ema = update_ema(state.ema, params, decay)
+        state = state.replace(student=params, ema=ema, student_opt=opt)
+        return state, jax.lax.stop_gradient(x0), metrics, grads if with_gradients else {}
+
+    def update_lora(
+        state: TrainState, frozen: Frozen, draws: Draws, x0: Array, context: Array, null: Array
+    ) -> tuple[TrainState, Metrics, Mapping]:
+        context = jnp.where(draws.null_uniform < options.null_prompt_prob, null, context)
+        x_t = schedule.add_noise(x0, draws.lora_noise, draws.lora_t)
+        alpha, _ = schedule.coefficients(draws.lora_t, x0.ndim)
+
+        def loss(lora: Mapping) -> Array:
+            params = merge_lora(frozen.teacher, lora, options.lora_scale)
+            eps = unet.apply({"params": params}, x_t, draws.lora_t, context)
+            return losses.lora_loss(eps, draws.lora_noise, alpha)
+
+        value, grads = jax.value_and_grad(loss)(state.lora)
+        updates, opt = lora_optimizer.update(grads, state.lora_opt, state.lora)
+        metrics = {
+            "loss/lora": value,
+            "grad_norm/lora": optax.global_norm(grads),
+            "update_norm/lora": optax.global_norm(updates),
+        }
+        return (
+            state.replace(lora=optax.apply_updates(state.lora, updates), lora_opt=opt),
+            metrics,
+            grads,
+        )
+
+    def step(
+        state: TrainState,
+        frozen: Frozen,
+        input_ids: Int[Array, "b n"],
+        key: PRNGKeyArray,
+        draws: Draws | None = None,
+    ) -> Any:
+        if draws is None:
+            draws = sample_draws(
+                key,
+                state.step,
+                len(input_ids),
+                latent_shape,
+                vsd_t_range=(options.vsd_t_min, options.vsd_t_max),
+                num_train_timesteps=schedule.num_train_timesteps,
+            )
+        context, null = encode_prompts(text_encoder, frozen, input_ids)
+        arguments = (state, frozen, draws, context, null)
+        if options.lora_warmup == 0:
+            new, x0, metrics, student_grads = update_student(*arguments)
+        else:
+            shapes = jax.eval_shape(update_student, *arguments)
+
+            def wait(state: TrainState, *_: Any) -> tuple:
+                zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[2:])
+                return state, student(state.student, draws, context)[0], *zeros
+
+            waiting = state.step < options.lora_warmup
+            new, x0, metrics, student_grads = jax.lax.cond(
+                waiting, wait, update_student, *arguments
+            )
+        new, lora_metrics, lora_grads = update_lora(new, frozen, draws, x0, context, null)
+        new = new.replace(step=state.step + 1)
+        metrics = metrics | lora_metrics
+        if with_gradients:
+            return new, metrics, {"student": student_grads, "lora": lora_grads}
+        return new, metrics
+
+    return step
+
+
+def encode_prompts(
+    text_encoder: CLIPTextEncoder, frozen: Frozen, input_ids: Int[Array, "b n"]
+) -> tuple[Float[Array, "b n d"], Float[Array, "b n d"]]:
+    """The context of every prompt, and of the null prompt repeated; fp32, no gradient."""
+
+    def encode(ids: Array) -> Array:
+        context = text_encoder.apply({"params": frozen.text_encoder}, ids)
+        return jax.lax.stop_gradient(context.astype(jnp.float32))
+
+    context = encode(input_ids)
+    return context, jnp.broadcast_to(encode(frozen.null_ids[None]), context.shape)
