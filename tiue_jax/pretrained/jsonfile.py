@@ -1,0 +1,170 @@
+"""JSON files from strangers: bounded, strict, read field by field; errors name file and key."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tiue_jax.io.errors import InputError
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+def parse_object(text: bytes, file: Path) -> dict[str, Any]:
+    """Return the JSON object that is `text`, UTF-8.
+
+    Raises:
+        InputError: it is not JSON, not an object, nested too deeply, has a key twice or NaN in it.
+    """
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            twice = next(key for key, count in counts.items() if count > 1)
+            raise InputError("the same key twice in one JSON object", file=file, key=twice)
+        return found
+
+    def no_constant(name: str) -> float:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        found = json.loads(
+            text.decode("utf-8"), object_pairs_hook=without_duplicates, parse_constant=no_constant
+        )
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 text at byte {error.start}", file=file) from error
+    except RecursionError as error:
+        raise InputError("not usable JSON: nested too deeply", file=file) from error
+    except ValueError as error:
+        raise InputError(f"not JSON: {error}", file=file) from error
+    if not isinstance(found, dict):
+        raise InputError("not a JSON object", file=file, found=type(found).__name__)
+    return found
+
+
+def read_object(file: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Return the JSON object in `file`.
+
+    Raises:
+        InputError: `file` is missing, no regular file, larger than `max_bytes`, or no object.
+    """
+    size = regular_file_size(file)
+    if size > max_bytes:
+        raise InputError("too large", file=file, expected=f"at most {max_bytes} bytes", found=size)
+    try:
+        return parse_object(file.read_bytes(), file)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", file=file) from error
+
+
+def dump_object(fields: Mapping[str, Any]) -> str:
+    """Return `fields` as diffusers writes its configs: sorted keys, indented by two, a line end."""
+    return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def regular_file_size(file: Path) -> int:
+    """Return the size of `file` in bytes.
+
+    Raises:
+        InputError: it is missing, or a folder, pipe or device.
+    """
+    try:
+        status = file.stat()
+    except OSError as error:
+        what = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise InputError(what or "cannot be read", file=file) from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+        raise InputError("not a regular file", file=file, expected="a file", found=kind)
+    return status.st_size
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields of one JSON object, read by type and range; every refusal names file and key.
+
+    A method's `default` is taken where the key is absent; a key that is there has to be right.
+    """
+
+    values: Mapping[str, Any]
+    file: Path
+
+    def refuse(
+        self, key: str, expected: object, what: str = "value is not supported"
+    ) -> InputError:
+        """Return the error to raise for `key`."""
+        return InputError(what, file=self.file, key=key, expected=expected, found=self.show(key))
+
+    def show(self, key: str) -> str:
+        """Return the value of `key` as JSON, cut to 80 characters."""
+        text = json.dumps(self.values.get(key), ensure_ascii=False, default=str)
+        return text if len(text) <= 80 else text[:77] + "..."
+
+    def integer(self, key: str, default: int, low: int, high: int) -> int:
+        """Return an integer in low..high."""
+        value = self.values.get(key, default)
+        if not _is_integer(value) or not low <= value <= high:
+            raise self.refuse(key, f"an integer in {low}..{high}")
+        return value
+
+    def integers(
+        self, key: str, default: int | Sequence[int], count: int | None, low: int, high: int
+    ) -> tuple[int, ...]:
+        """Return `count` integers (None: 1 to 8); a lone integer stands for all of them."""
+        value = self.values.get(key, default)
+        if _is_integer(value) and count is not None:
+            value = [value] * count
+        right = isinstance(value, (list, tuple)) and all(_is_integer(v) for v in value)
+        right = right and (len(value) == count if count is not None else 1 <= len(value) <= 8)
+        if not right or not all(low <= v <= high for v in value):
+            length = f"{count}" if count is not None else "1 to 8"
+            raise self.refuse(key, f"{length} integers in {low}..{high}")
+        return tuple(value)
+
+    def number(self, key: str, default: float, low: float, high: float) -> float:
+        """Return a number in low..high."""
+        value = self.values.get(key, default)
+        right = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not right or not low <= value <= high:
+            raise self.refuse(key, f"a number in {low}..{high}")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        """Return true or false; null counts as absent."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.refuse(key, "true or false")
+        return value
+
+    def choice(self, key: str, default: str, choices: Collection[str]) -> str:
+        """Return one of `choices`."""
+        value = self.values.get(key, default)
+        if not isinstance(value, str) or value not in choices:
+            raise self.refuse(key, "one of " + ", ".join(sorted(choices)))
+        return value
+
+    def only(self, key: str, supported: Sequence[Any]) -> None:
+        """Refuse `key` unless it is absent or one of `supported`, or a list of such values."""
+        if key not in self.values:
+            return
+        value = self.values[key]
+        values = value if isinstance(value, list) and value else [value]
+        if not all(any(_same(v, s) for s in supported) for v in values):
+            raise self.refuse(key, " or ".join(json.dumps(s) for s in supported))
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _same(value: object, supported: object) -> bool:
+    """Equal, and neither 0 for false nor 1 for true."""
+    return value == supported and isinstance(value, bool) == isinstance(supported, bool)

@@ -1,0 +1,135 @@
+"""The parameters of one network <-> its weight file, tensor by tensor."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
+
+from tiue_jax.models.unet import UNet
+from tiue_jax.models.vae import AutoencoderKL
+from tiue_jax.pretrained.names import FLAX, Form, Layout, ParamPath, Shape
+from tiue_jax.pretrained.weights import (
+    WeightFile,
+    convert_dtype,
+    open_weights,
+    require_finite,
+    write_weights,
+)
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ParamFile:
+    """A weight file that holds exactly the parameters of one network, no tensor read yet.
+
+    Attributes:
+        weights: the checked file.
+        layout: the network's parameters.
+        keys: path of a parameter -> its key in the file.
+    """
+
+    weights: WeightFile
+    layout: Layout
+    keys: dict[ParamPath, str]
+
+    @classmethod
+    def open(cls, module: nn.Module, part: str, folder: Path, form: Form) -> ParamFile:
+        """Check that the weight file in `folder` fits `module`: header, keys, shapes, dtypes.
+
+        Raises:
+            InputError: it does not; says where and how.
+        """
+        layout = Layout(part, param_shapes(module), form)
+        weights = open_weights(folder / form.file_names[part])
+        keys = layout.match(weights.shapes, weights.path)
+        for key in keys.values():
+            weights.dtype(key)
+        return cls(weights, layout, keys)
+
+    def read(self, dtype: DTypeLike | None, place: Callable[[np.ndarray], Any]) -> Params:
+        """Return the parameters in `dtype` (None: as stored), each handed to `place` once read.
+
+        Raises:
+            InputError: NaN or Inf in a weight, or a value beyond the range of `dtype`.
+        """
+        flat = {}
+        entries = self.weights.entries
+        for path, key in sorted(self.keys.items(), key=lambda item: entries[item[1]].start):
+            stored = self.weights.read(key)
+            if dtype is not None:
+                stored = convert_dtype(stored, dtype, self.weights.path, key)
+            flat[path] = place(self.layout.form.load(stored, path, self.layout.shapes[path]))
+        return unflatten_dict(dict(sorted(flat.items())))
+
+
+def write_params(
+    module: nn.Module,
+    part: str,
+    params: Params,
+    folder: Path,
+    dtype: str | None,
+    form: Form,
+    shown: Path,
+) -> str:
+    """Write `params` of `module` into the new folder `folder`; return the dtype they are stored in.
+
+    Args:
+        dtype: "float32", ...; None: every parameter in its own.
+        shown: the file's name in errors: `folder` may still be a temporary one.
+
+    Raises:
+        InputError: parameters missing, unexpected, misshapen, NaN, Inf, or too large for `dtype`.
+    """
+    flat = flatten_dict(params)
+    shapes = {"/".join(path): tuple(leaf.shape) for path, leaf in flat.items()}
+    layout = Layout(part, param_shapes(module), form)
+    Layout(part, layout.shapes, FLAX).match(shapes, shown)
+    paths = {form.key(path): path for path in flat}
+
+    def read(key: str) -> np.ndarray:
+        path = paths[key]
+        array = np.asarray(flat[path])
+        require_finite(array, shown, key)
+        if dtype is not None:
+            array = convert_dtype(array, dtypes[key], shown, key)
+        return form.store(array, path)
+
+    dtypes = {
+        key: np.dtype(flat[path].dtype if dtype is None else jnp.dtype(dtype))
+        for key, path in paths.items()
+    }
+    stored = {key: form.stored_shape(path, layout.shapes[path]) for key, path in paths.items()}
+    folder.mkdir()
+    write_weights(folder / form.file_names[part], dtypes, stored, read)
+    names = {found.name for found in dtypes.values()}
+    return names.pop() if len(names) == 1 else "float32"
+
+
+@functools.cache
+def param_shapes(module: nn.Module) -> dict[ParamPath, Shape]:
+    """Return path -> shape of every parameter of one of our networks; nothing is computed."""
+    size = 2 ** (len(getattr(module, "block_out_channels", ())) or 1)
+    if isinstance(module, UNet):
+        inputs: tuple[Any, ...] = (
+            jax.ShapeDtypeStruct((1, size, size, module.in_channels), jnp.float32),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+            jax.ShapeDtypeStruct((1, 1, module.context_dim), jnp.float32),
+        )
+    elif isinstance(module, AutoencoderKL):
+        inputs = (jax.ShapeDtypeStruct((1, size, size, module.in_channels), jnp.float32),)
+    else:
+        inputs = (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
+    variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    flat = flatten_dict(variables["params"])
+    return {path: tuple(leaf.shape) for path, leaf in flat.items()}
