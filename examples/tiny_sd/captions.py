@@ -185,7 +185,7 @@ def all_words() -> list[str]:
     phrases += [w for words in SIZE_WORDS.values() for w in words]
     phrases += [p for options in CELL_PHRASES.values() for p in options]
     phrases += [p for sides in RELATIONS.values() for side in sides for p in side]
-    words = set()
+    words: set[str] = set()
     for phrase in phrases:
         words.update(
             w for w in phrase.replace("{", " {").replace("}", "} ").split() if "{" not in w

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -25,7 +26,7 @@ from PIL import Image
 from examples.tiny_sd.captions import Request, describe
 from examples.tiny_sd.reader import HEADS, Reader, Readings
 from examples.tiny_sd.render import render
-from examples.tiny_sd.scenes import IMAGE_SIZE, Scene, sample_scenes
+from examples.tiny_sd.scenes import IMAGE_SIZE, Pairs, Scene, sample_scenes
 from tiue_jax.evaluation.frechet import frechet_distance
 from tiue_jax.evaluation.manifold import density_coverage, precision_recall
 from tiue_jax.io.errors import InputError, run_command
@@ -66,8 +67,13 @@ def evaluation_set(
 
     The lists do not depend on how much of them is taken.
     """
-    scenes, requests = [], []
-    for pairs, number, most in (("seen", num_seen, NUM_SEEN), ("unseen", num_unseen, NUM_UNSEEN)):
+    scenes: list[Scene] = []
+    requests: list[Request] = []
+    wanted: tuple[tuple[Pairs, int, int], ...] = (
+        ("seen", num_seen, NUM_SEEN),
+        ("unseen", num_unseen, NUM_UNSEEN),
+    )
+    for pairs, number, most in wanted:
         if not 0 <= number <= most:
             raise ValueError(f"{pairs}: from 0 to {most} prompts, got {number}")
         rng = np.random.default_rng([PROMPT_SEED, pairs == "unseen"])
@@ -208,7 +214,7 @@ def model_sampler(
 
     pipeline = load_pipeline(folder)
     if teacher:
-        options = {"num_steps": num_steps or 25}
+        options: dict[str, Any] = {"num_steps": num_steps or 25}
         if guidance_scale is not None:
             options["guidance_scale"] = guidance_scale
         return lambda prompts, seeds: pipeline.sample_teacher(prompts, seeds=seeds, **options)

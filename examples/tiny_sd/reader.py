@@ -129,7 +129,8 @@ class Reader:
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.shape[1:] != (64, 64, 3):
             raise ValueError(f"expected uint8 [n, 64, 64, 3], got {images.dtype} {images.shape}")
-        features, labels = [], {name: [] for name in HEADS}
+        features: list[np.ndarray] = []
+        labels: dict[str, list[np.ndarray]] = {name: [] for name in HEADS}
         for start in range(0, len(images), BATCH):
             batch = images[start : start + BATCH]
             pad = np.zeros((BATCH - len(batch), 64, 64, 3), np.uint8)

@@ -91,38 +91,48 @@ def _square_wave(phase: float, period: float) -> np.ndarray:
 
 
 def _draw_objects(canvas: np.ndarray, drawn: list[tuple[int, SceneObject, Scene]]) -> None:
-    """Paint one object into each listed scene, in place. Scenes are grouped by shape."""
-    shapes = sorted({o.shape for _, o, _ in drawn})
-    for shape in shapes:
+    """Paint one object into each listed scene (index into canvas, object, scene), in place."""
+    for shape in sorted({o.shape for _, o, _ in drawn}):
         group = [d for d in drawn if d[1].shape == shape]
-        objects = [o for _, o, _ in group]
-        x, y, radius, angle, light = np.array(
-            [(o.x, o.y, o.radius, o.angle, s.light) for _, o, s in group], np.float32
-        ).T[:, :, None, None]
-        left, top = np.floor(x).astype(int) - MARGIN, np.floor(y).astype(int) - MARGIN
-        offsets = np.arange(PATCH, dtype=np.float32) + 0.5
-        dx, dy = offsets[None, None, :] + left - x, offsets[None, :, None] + top - y
-        distance = _distance_function(shape, objects)
-        cos, sin = np.cos(angle) / radius, np.sin(angle) / radius
-
-        def pixels_outside(dx, dy, cos=cos, sin=sin, radius=radius, distance=distance):
-            return radius * distance(cos * dx + sin * dy, cos * dy - sin * dx)
-
-        lit_x, lit_y = np.cos(light), np.sin(light)
-        cover = np.clip(0.5 - pixels_outside(dx, dy), 0, 1)
-        behind = pixels_outside(dx + SHADOW_OFFSET * lit_x, dy + SHADOW_OFFSET * lit_y)
-        shadow = SHADOW_DEPTH * np.clip(0.5 - behind / 4.0, 0, 1)
-        glow = 1 + 0.10 * (lit_x * dx + lit_y * dy) / radius
-        colour = np.array([np.array(COLOUR_RGB[o.colour]) * o.tint for o in objects], np.float32)[
-            :, None, None, :
-        ]
-        keep = ((1 - shadow) * (1 - cover))[..., None]
-        paint = (glow * cover)[..., None] * colour
+        keep, paint, corners = _patches(shape, [o for _, o, _ in group], [s for *_, s in group])
         for k, (index, _, _) in enumerate(group):
-            row, column = int(top[k, 0, 0]) + MARGIN, int(left[k, 0, 0]) + MARGIN
+            row, column = corners[k]
             patch = canvas[index, row : row + PATCH, column : column + PATCH]
             patch *= keep[k]
             patch += paint[k]
+
+
+def _patches(
+    shape: str, objects: Sequence[SceneObject], scenes: Sequence[Scene]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw n objects of one shape, each in a patch of its own around its centre.
+
+    Returns:
+        What is kept of the ground (shadow and cover) [n, PATCH, PATCH, 1], what is added to it
+        [n, PATCH, PATCH, 3], and the patch's first (row, column) in the padded canvas [n, 2].
+    """
+    x, y, radius, angle, light = np.array(
+        [(o.x, o.y, o.radius, o.angle, s.light) for o, s in zip(objects, scenes, strict=True)],
+        np.float32,
+    ).T[:, :, None, None]
+    left, top = np.floor(x).astype(int), np.floor(y).astype(int)
+    steps = np.arange(PATCH, dtype=np.float32) + 0.5 - MARGIN
+    dx, dy = steps[None, None, :] + left - x, steps[None, :, None] + top - y  # from the centre
+    cos, sin = np.cos(angle) / radius, np.sin(angle) / radius
+    distance = _distance_function(shape, objects)
+
+    def pixels_outside(dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+        return radius * distance(cos * dx + sin * dy, cos * dy - sin * dx)
+
+    lit_x, lit_y = np.cos(light), np.sin(light)
+    cover = np.clip(0.5 - pixels_outside(dx, dy), 0, 1)
+    behind = pixels_outside(dx + SHADOW_OFFSET * lit_x, dy + SHADOW_OFFSET * lit_y)
+    shadow = SHADOW_DEPTH * np.clip(0.5 - behind / 4.0, 0, 1)
+    glow = 1 + 0.10 * (lit_x * dx + lit_y * dy) / radius
+    colours = [np.array(COLOUR_RGB[o.colour]) * o.tint for o in objects]
+    keep = ((1 - shadow) * (1 - cover))[..., None]
+    paint = (glow * cover)[..., None] * np.array(colours, np.float32)[:, None, None, :]
+    return keep, paint, np.concatenate([top, left], axis=-1).reshape(len(objects), 2)
 
 
 def _distance_function(shape: str, objects: Sequence[SceneObject]) -> Distance:

@@ -60,7 +60,7 @@ def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
     Every word counts once: the order of merges matters only where words share pieces.
     """
     pieces = [[*word[:-1], word[-1] + WORD_END] for word in words]
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         counts: dict[tuple[str, str], int] = {}
         for word in pieces:
