@@ -1,4 +1,4 @@
-"""The rules that hold for the whole suite: devices, JAX's strictness, shape checks, and skips in CI.
+"""The rules of the whole suite: devices, JAX's strictness, shape checks, and skips in CI.
 
 Everything here is set before the first import of jax or tiue_jax, hence the order of this file.
 """
@@ -21,10 +21,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ log: errors only
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks a hub is a broken test
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
-import flax.struct  # noqa: E402
-import jax  # noqa: E402
-import jaxtyping  # noqa: E402
-import pytest  # noqa: E402
+import flax.struct
+import jax
+import jaxtyping
+import pytest
 
 
 def _unchecked(decorate: Callable[..., Any]) -> Callable[..., Any]:

@@ -127,11 +127,17 @@ def test_help_teaches_and_succeeds(run) -> None:
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["--waht=1"], "Unknown command line flag 'waht'. Did you mean: what; --help lists the flags"),
+        (
+            ["--waht=1"],
+            "Unknown command line flag 'waht'. Did you mean: what; --help lists the flags",
+        ),
         (["--config=no.py"], "[--config]: No such file or directory: 'no.py'"),
         (["--config=no.py", "--config.steps=2"], "[--config]: No such file or directory: 'no.py'"),
         (["--config=config.py", "--config.bad=2"], "[--config.bad]: no such config key"),
-        (["--config=config.py", "--config.train.bad=2"], "[--config.train.bad]: no such config key"),
+        (
+            ["--config=config.py", "--config.train.bad=2"],
+            "[--config.train.bad]: no such config key",
+        ),
         (
             ["--config=config.py", "--config.steps=two"],
             "[--config.steps]: invalid literal for int() with base 10: 'two', found 'two'",

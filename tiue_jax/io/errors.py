@@ -90,7 +90,7 @@ class Preempted(Exception):
 def one_line(text: str) -> str:
     """Return `text` on one line: line ends become spaces, other control characters escapes.
 
-    File names and file contents reach error messages; neither may break the line or drive a terminal.
+    File names and file contents reach error messages; none may break the line or drive a terminal.
     """
     joined = " ".join(part.strip() for part in text.splitlines() if part.strip())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
@@ -100,8 +100,8 @@ def run_command(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
     """Parse absl's flags, run `main` and exit the process by the error contract.
 
     Args:
-        main: takes the arguments that are left after the flags (program name first), returns an exit
-            code or None for 0. The docstring of its module is what `--help` prints above the flags.
+        main: takes the arguments that are left after the flags, program name first; returns an exit
+            code, or None for 0. `--help` prints the docstring of its module above the flags.
         argv: the command line, program name first; `sys.argv` by default.
 
     Raises:
@@ -135,7 +135,7 @@ def _run(main: Main, argv: list[str]) -> int:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Parse `argv` into `absl.flags.FLAGS`; every fault is an InputError, those of configs included.
+    """Parse `argv` into `absl.flags.FLAGS`; every fault, of a config too, is an InputError.
 
     ml_collections' config flags load and override a config while they are parsed. They raise
     whatever the config raises, and hide a config that is not there until it is first used.
@@ -186,7 +186,7 @@ def _config_error(argv: list[str], error: Exception) -> InputError:
 
 
 def _last_line(error: Exception) -> str:
-    """Return the last line of an error's text: where a traceback was put in it, that says the most."""
+    """Return the last line of an error's text: if it holds a traceback, that says most."""
     text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return re.sub(r"^\[Errno \d+\] ", "", lines[-1]) if lines else type(error).__name__

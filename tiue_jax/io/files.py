@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, new folders, names that stay in their folder."""
+"""Files that are whole or not there: atomic writes, new folders, names that stay inside."""
 
 from __future__ import annotations
 
