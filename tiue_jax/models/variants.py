@@ -21,10 +21,23 @@ _SD2_TEXT = CLIPTextEncoder(
 )
 _SD2_UNET = UNet(num_heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True)
 
+_TINY_TEXT = CLIPTextEncoder(
+    vocab_size=773, hidden_size=128, intermediate_size=512, num_layers=2, num_heads=4
+)
+_TINY_UNET = UNet(
+    block_out_channels=(80, 128, 96, 96),
+    layers_per_block=1,
+    num_heads=(4, 4, 4, 4),
+    context_dim=128,
+    norm_groups=16,
+)
+_TINY_VAE = AutoencoderKL(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_groups=8)
+
 VARIANTS: dict[str, Variant] = {
     "sd15": Variant(UNet(), AutoencoderKL(), CLIPTextEncoder(), 64),
     "sd21_base": Variant(_SD2_UNET, AutoencoderKL(), _SD2_TEXT, 64),
     "sd21": Variant(_SD2_UNET.clone(upcast_attention=True), AutoencoderKL(), _SD2_TEXT, 96),
+    "tiny": Variant(_TINY_UNET, _TINY_VAE, _TINY_TEXT, 8),
 }
 
 

@@ -213,6 +213,18 @@ def export_student(
     save_stable_diffusion(whole, folder, dtype=dtype)
 
 
+def require_apart(source: Path, target: Path) -> None:
+    """Raise InputError if `target` is `source`, lies in it, or holds it."""
+    inner, outer = source.resolve(), target.resolve()
+    if inner == outer:
+        raise InputError(
+            "output is the input", file=target, key="--output", expected="a new folder"
+        )
+    if outer.is_relative_to(inner) or inner.is_relative_to(outer):
+        what = "output and input lie within each other"
+        raise InputError(what, file=target, key="--output", expected="a new folder apart")
+
+
 def folder_form(folder: Path) -> Form:
     """Return the form of the weights in `folder`: Flax where the UNet's Flax file is there."""
     flax_file = folder / "unet" / FLAX.file_names["unet"]

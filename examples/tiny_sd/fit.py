@@ -1,0 +1,95 @@
+"""The training loop that the stages of the embedded teacher share: progress bar, EMA, resume."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import serialization
+from jaxtyping import Array, Float, PRNGKeyArray
+from tqdm import tqdm
+
+from tiue_jax.io.files import write_atomic
+
+LOG_EVERY = 50  # iterations
+
+Loss = Callable[[Any, Any, PRNGKeyArray], tuple[Float[Array, ""], dict[str, Array]]]
+
+
+@flax.struct.dataclass
+class FitState:
+    """Parameters, their moving average, the optimiser's state, and the iterations done."""
+
+    params: Any
+    ema: Any
+    opt_state: Any
+    step: Array
+
+
+def fit(
+    name: str,
+    loss: Loss,
+    params: Any,
+    batch_of: Callable[[np.random.Generator], Any],
+    *,
+    iterations: int,
+    learning_rate: float,
+    folder: Path,
+    seed: int,
+    ema_decay: float = 0.999,
+    save_every: int = 500,
+) -> Any:
+    """Minimise `loss` with Adam, warm-up and cosine decay; returns the EMA parameters.
+
+    Args:
+        name: of the stage; its state is kept in folder/name.msgpack, and gone on from if there.
+        loss: (params, batch, key) -> (scalar, metrics).
+        batch_of: draws a batch; the generator depends on (seed, iteration) alone, so that a run
+            that was interrupted goes on with the batches it would have had.
+        iterations: in all, those of an interrupted run included.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, min(200, iterations // 10 + 1), iterations, learning_rate * 0.01
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+    state = FitState(params, params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    path = folder / f"{name}.msgpack"
+    if path.exists():
+        state = jax.tree.map(jnp.asarray, serialization.from_bytes(state, path.read_bytes()))
+    key = jax.random.key(seed)
+
+    @jax.jit
+    def update(state: FitState, batch: Any) -> tuple[FitState, dict[str, Array]]:
+        step_key = jax.random.fold_in(key, state.step)
+        grads, metrics = jax.grad(loss, has_aux=True)(state.params, batch, step_key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+        return FitState(params, ema, opt_state, state.step + 1), metrics
+
+    start, sums, began = int(state.step), {}, time.monotonic()
+    bar = tqdm(range(start, iterations), desc=name, initial=start, total=iterations, mininterval=10)
+    for i in bar:
+        state, metrics = update(state, batch_of(np.random.default_rng((seed, i))))
+        sums = {k: sums.get(k, 0.0) + v for k, v in metrics.items()}
+        if (i + 1) % LOG_EVERY == 0:
+            bar.set_postfix({k: f"{float(v) / LOG_EVERY:.4f}" for k, v in sums.items()})
+            sums = {}
+        if (i + 1) % save_every == 0 or i + 1 == iterations:
+            write_atomic(path, serialization.to_bytes(state))
+    print(f"{name}: iterations {start} to {iterations} in {time.monotonic() - began:.0f} s")
+    return state.ema
+
+
+def chunks_of(total: int, size: int, name: str) -> Iterator[int]:
+    """Sizes of the chunks that `total` is worked off in, under a progress bar."""
+    with tqdm(total=total, desc=name, mininterval=10) as bar:
+        for start in range(0, total, size):
+            yield min(size, total - start)
+            bar.update(min(size, total - start))

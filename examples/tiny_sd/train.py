@@ -1,0 +1,93 @@
+"""Train the embedded teacher from nothing: tokenizer, VAE, text encoder, UNet.
+
+    python -m examples.tiny_sd.train --workdir=runs/tiny-sd --out=assets/tiny-sd
+
+An interrupted run goes on where it was: run the same command again. Everything is drawn from the
+seed. The result is an ordinary Stable Diffusion folder in the diffusers layout, in fp16.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from examples.tiny_sd.captions import caption
+from examples.tiny_sd.fit import chunks_of
+from examples.tiny_sd.render import render
+from examples.tiny_sd.scenes import sample_scenes
+from examples.tiny_sd.tokenizer import build_tokenizer
+from examples.tiny_sd.train_teacher import LatentData, train_teacher
+from examples.tiny_sd.train_vae import encode, train_vae
+from tiue_jax.diffusion.schedule import make_schedule
+from tiue_jax.io.errors import run_command
+from tiue_jax.models.variants import Variant, variant
+from tiue_jax.pretrained.folder import StableDiffusion, save_stable_diffusion
+from tiue_jax.pretrained.tokenizer import Tokenizer
+
+FLAGS = flags.FLAGS
+CHUNK = 5000  # scenes rendered at a time
+VAE_SCENES, CAPTIONS_PER_SCENE = 30_000, 2
+
+
+def latent_data(
+    networks: Variant, vae_params: Any, tokenizer: Tokenizer, num_scenes: int, seed: int
+) -> LatentData:
+    """Render, caption and encode `num_scenes` scenes, a chunk at a time."""
+    rng = np.random.default_rng((seed, 2))
+    means, stds, ids = [], [], []
+    for size in chunks_of(num_scenes, CHUNK, "encode"):
+        scenes = sample_scenes(rng, size)
+        mean, logvar = encode(networks.vae, vae_params, render(scenes))
+        means.append((mean * networks.vae.scaling_factor).astype(np.float16))
+        stds.append((np.exp(0.5 * logvar) * networks.vae.scaling_factor).astype(np.float16))
+        texts = [caption(scene, rng) for _ in range(CAPTIONS_PER_SCENE) for scene in scenes]
+        tokens = tokenizer(texts).reshape(CAPTIONS_PER_SCENE, size, -1)
+        ids.append(np.moveaxis(tokens, 0, 1).astype(np.uint16))
+    null_ids = np.asarray(tokenizer.null_ids).reshape(-1)
+    return LatentData(np.concatenate(means), np.concatenate(stds), np.concatenate(ids), null_ids)
+
+
+def define_flags() -> None:
+    """Define this command's flags."""
+    flags.DEFINE_string("workdir", "runs/tiny-sd", "folder of the states of unfinished stages")
+    flags.DEFINE_string("out", "assets/tiny-sd", "folder to write the model to: new or empty")
+    flags.DEFINE_integer("num_scenes", 100_000, "scenes that the teacher is trained on", 1)
+    flags.DEFINE_integer("seed", 0, "seed of everything")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run all stages and write the folder."""
+    del argv
+    workdir, seed = Path(FLAGS.workdir), FLAGS.seed
+    workdir.mkdir(parents=True, exist_ok=True)
+    networks, schedule = variant("tiny"), make_schedule()
+    build_tokenizer(workdir / "tokenizer")
+    text_encoder = networks.text_encoder
+    tokenizer = Tokenizer(
+        workdir / "tokenizer",
+        vocab_size=text_encoder.vocab_size,
+        max_length=text_encoder.max_length,
+    )
+    rng = np.random.default_rng((seed, 1))
+    images = render(sample_scenes(rng, VAE_SCENES))
+    params = {"vae": train_vae(networks.vae, images, workdir, seed)}
+    data = latent_data(networks, params["vae"], tokenizer, FLAGS.num_scenes, seed)
+    params |= train_teacher(networks.unet, text_encoder, schedule, data, workdir, seed)
+    model = StableDiffusion(
+        unet=networks.unet,
+        vae=networks.vae,
+        text_encoder=text_encoder,
+        params=params,
+        tokenizer=tokenizer,
+        schedule=schedule,
+        latent_size=networks.latent_size,
+    )
+    save_stable_diffusion(model, FLAGS.out, dtype="float16")
+    print(f"wrote {FLAGS.out}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    run_command(main)

@@ -1,0 +1,97 @@
+"""Stage 2: the text encoder and the UNet of the embedded teacher, trained together from nothing."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from examples.tiny_sd.fit import fit
+from tiue_jax.diffusion.schedule import NoiseSchedule
+from tiue_jax.models.clip import CLIPTextEncoder
+from tiue_jax.models.unet import UNet
+
+ITERATIONS, BATCH_SIZE, LEARNING_RATE = 9000, 32, 1e-3
+NULL_PROMPT_PROB = 0.1  # of the captions are emptied, so that the teacher can be guided
+
+
+class LatentData(NamedTuple):
+    """The encoded data set. `captions_per_image` captions stand one behind the other.
+
+    Attributes:
+        mean, std: of the latents (scaled) of every image, fp16.
+        input_ids: of every caption, uint16.
+        null_ids: of the empty prompt.
+    """
+
+    mean: Float[np.ndarray, "n h w c"]
+    std: Float[np.ndarray, "n h w c"]
+    input_ids: Int[np.ndarray, "n captions t"]
+    null_ids: Int[np.ndarray, " t"]
+
+
+def teacher_loss(
+    unet: UNet,
+    text_encoder: CLIPTextEncoder,
+    schedule: NoiseSchedule,
+    params: Any,
+    batch: tuple[Float[Array, "b h w c"], Int[Array, "b t"]],
+    key: PRNGKeyArray,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """mean (eps_theta(sqrt(abar_t) x0 + sqrt(1 - abar_t) eps, t, y) - eps)^2, t uniform."""
+    x0, input_ids = batch
+    key_t, key_eps = jax.random.split(key)
+    # Stratified: one t from each of b equal parts of the schedule: the same mean, less variance.
+    steps, size = schedule.num_train_timesteps, x0.shape[0]
+    t = (jnp.arange(size) + jax.random.uniform(key_t, (size,))) * (steps / size)
+    t = jnp.clip(t.astype(jnp.int32), 0, steps - 1)
+    eps = jax.random.normal(key_eps, x0.shape)
+    x_t = schedule.add_noise(x0, eps, t)
+    context = text_encoder.apply({"params": params["text_encoder"]}, input_ids)
+    error = jnp.square(unet.apply({"params": params["unet"]}, x_t, t, context) - eps)
+    late = t >= steps // 2
+    half = error.mean(axis=(1, 2, 3))
+    metrics = {
+        "loss": error.mean(),
+        "loss_late": (half * late).sum() / late.sum(),
+    }
+    return error.mean(), metrics
+
+
+def train_teacher(
+    unet: UNet,
+    text_encoder: CLIPTextEncoder,
+    schedule: NoiseSchedule,
+    data: LatentData,
+    folder: Path,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train both networks; returns the moving averages, {"unet": ..., "text_encoder": ...}."""
+    key_unet, key_text = jax.random.split(jax.random.key(seed))
+    ids = jnp.zeros((1, data.null_ids.shape[0]), jnp.int32)
+    text_params = text_encoder.init(key_text, ids)["params"]
+    context = jnp.zeros((1, ids.shape[1], text_encoder.hidden_size))
+    latents = jnp.zeros((1, *data.mean.shape[1:]))
+    unet_params = unet.init(key_unet, latents, jnp.zeros((1,), jnp.int32), context)["params"]
+
+    def batch_of(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        rows = rng.integers(len(data.mean), size=BATCH_SIZE)
+        noise = rng.standard_normal((BATCH_SIZE, *data.mean.shape[1:]), np.float32)
+        x0 = data.mean[rows].astype(np.float32) + data.std[rows] * noise
+        ids = data.input_ids[rows, rng.integers(data.input_ids.shape[1], size=BATCH_SIZE)]
+        empty = rng.random(BATCH_SIZE) < NULL_PROMPT_PROB
+        return x0, np.where(empty[:, None], data.null_ids[None], ids).astype(np.int32)
+
+    return fit(
+        "teacher",
+        lambda params, batch, key: teacher_loss(unet, text_encoder, schedule, params, batch, key),
+        {"unet": unet_params, "text_encoder": text_params},
+        batch_of,
+        iterations=ITERATIONS,
+        learning_rate=LEARNING_RATE,
+        folder=folder,
+        seed=seed,
+        ema_decay=0.9995,
+    )
