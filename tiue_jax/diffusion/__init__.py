@@ -1,1 +1,1 @@
-"""Pure functions of the method: noise schedule, DDIM and its closed form, the one-pass student, the losses."""
+"""Pure functions of the method: noise schedule, DDIM and its closed form, student, losses."""

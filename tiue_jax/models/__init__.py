@@ -1,1 +1,1 @@
-"""Pure Flax linen modules: layers, UNet, autoencoder, text encoder, LoRA trees and the published variants."""
+"""Pure Flax linen modules: layers, UNet, autoencoder, text encoder, LoRA; published variants."""

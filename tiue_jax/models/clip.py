@@ -1,4 +1,4 @@
-"""The text encoder of Stable Diffusion: CLIP's causal transformer (OpenAI's in 1.x, OpenCLIP's in 2.x)."""
+"""CLIP's causal transformer: the text encoder of Stable Diffusion (1.x: OpenAI's, 2.x: OpenCLIP's)."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Layers that the UNet, the VAE and the text encoder are built of. Channels last; parameters in fp32.
+"""Layers that the UNet, the VAE and the text encoder are built of. Channels last, parameters fp32.
 
 Submodules have diffusers' names, so that conversion is renaming and transposing.
 `dtype` is the compute dtype: inputs and parameters are cast to it; normalisation statistics and the
@@ -19,7 +19,7 @@ VALID = ((0, 0), (0, 0))  # of a 1x1 convolution
 
 
 class Conv(nn.Module):
-    """Square convolution over one input, or over several that stand for their channel-wise concatenation.
+    """Square convolution over one input, or over several in place of their concatenation.
 
     A convolution is linear in its input channels: conv(concat(a, b)) = conv_a(a) + conv_b(b). Given
     apart, the part that does not depend on a vmapped timestep is computed once.
@@ -59,7 +59,7 @@ class GroupNorm(nn.Module):
 
     Returns: the normalised input. For two inputs (x, skip): a tuple of the channels of all groups
         that touch `x`, and the channels of the groups that lie wholly in `skip` (left out if there
-        are none). The latter do not depend on `x`: under vmap over timesteps they are computed once.
+        are none). The latter do not depend on `x`: vmapped over timesteps, they are computed once.
     """
 
     groups: int = 32
@@ -121,7 +121,7 @@ def group_normalise(
     size: int,
     eps: float,
 ) -> Float[Array, "b h w c"]:
-    """(x - mean_g) / sqrt(var_g + eps) over groups g of `size` channels, from channel moments; fp32."""
+    """(x - mean_g) / sqrt(var_g + eps), groups g of `size` channels, from channel moments; fp32."""
     batch, channels = mean.shape
     mean, var = mean.reshape(batch, -1, size), var.reshape(batch, -1, size)
     group_mean = mean.mean(axis=-1, keepdims=True)
@@ -165,8 +165,8 @@ class TimestepEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, conv, + time embedding, GroupNorm, SiLU, conv, + shortcut.
 
-    Args of the call: `temb` is None in the VAE; `skip`, in a UNet's up blocks, is the encoder feature
-    that is concatenated behind `x`.
+    Args of the call: `temb` is None in the VAE; `skip`, in a UNet's up blocks, is the encoder
+    feature that is concatenated behind `x`.
     """
 
     features: int
@@ -261,7 +261,7 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward, each behind a LayerNorm and residual."""
+    """Self-attention, cross-attention to the text, feed-forward: LayerNorm before, residual after."""
 
     num_heads: int
     upcast: bool = False

@@ -1,7 +1,7 @@
 """The UNet of Stable Diffusion, in two halves: `encode` and `decode`.
 
-A teacher is the call (both halves at one timestep). A TiUE student is `encode` once and `decode` at K
-timesteps: the same module, the same parameters.
+A teacher is the call (both halves at one timestep). A TiUE student is `encode` once and `decode`
+at K timesteps: the same module, the same parameters.
 """
 
 from typing import NamedTuple
@@ -107,7 +107,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """`num_layers` x (ResnetBlock over x and a skip, Transformer2D if `num_heads`), then Upsample unless last."""
+    """`num_layers` x (ResnetBlock over x and a skip, Transformer2D if `num_heads`), Upsample."""
 
     features: int
     num_layers: int

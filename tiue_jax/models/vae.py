@@ -20,7 +20,7 @@ RIGHT_AND_BELOW = ((0, 1), (0, 1))  # where the VAE pads before a convolution of
 
 
 class Level(nn.Module):
-    """ResnetBlocks at one resolution, then a Downsample or an Upsample, or nothing (the last level)."""
+    """ResnetBlocks at one resolution, then a Downsample, an Upsample or (last level) nothing."""
 
     features: int
     num_layers: int

@@ -1,4 +1,4 @@
-"""The published shapes of Stable Diffusion, and that of the embedded small one, as a literal table."""
+"""The published shapes of Stable Diffusion, and that of the embedded one, as a literal table."""
 
 from typing import NamedTuple
 
