@@ -35,7 +35,7 @@ def latent_data(
     networks: Variant, vae_params: Any, tokenizer: Tokenizer, num_scenes: int, seed: int
 ) -> LatentData:
     """Render, caption and encode `num_scenes` scenes, a chunk at a time."""
-    rng = np.random.default_rng((seed, 2))
+    rng = np.random.default_rng(seed + 2)
     means, stds, ids = [], [], []
     for size in chunks_of(num_scenes, CHUNK, "encode"):
         scenes = sample_scenes(rng, size)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
         vocab_size=text_encoder.vocab_size,
         max_length=text_encoder.max_length,
     )
-    rng = np.random.default_rng((seed, 1))
+    rng = np.random.default_rng(seed + 1)
     images = render(sample_scenes(rng, VAE_SCENES))
     params = {"vae": train_vae(networks.vae, images, workdir, seed)}
     data = latent_data(networks, params["vae"], tokenizer, FLAGS.num_scenes, seed)
