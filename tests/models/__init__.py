@@ -1,0 +1,1 @@
+"""What holds for the networks without torch: sizes, LoRA, the halves of the UNet."""
