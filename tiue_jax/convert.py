@@ -13,7 +13,7 @@ WORKDIR is that of a training run (python -m tiue_jax.main): its student (the mo
 --which) is written as a diffusers folder that `diffusers` loads, with the DDIM scheduler it was
 trained for; tokenizer, text encoder and VAE are its teacher's (see --teacher).
 
-Nothing is written unless everything is right: keys missing, unexpected or misshapen, truncated files,
+Nothing is written unless all is right: keys missing, unexpected or misshapen, truncated files,
 and NaN or Inf in a weight are refused, and so is an output folder with something in it.
 """
 

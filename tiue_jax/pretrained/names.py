@@ -117,11 +117,11 @@ def canonical_name(part: str, name: str) -> str | None:
 
 def _shapes_fit(stored: Shape, wanted: Shape) -> bool:
     """Equal, or equal but for the trailing 1, 1 of a 1x1 convolution."""
+    return _without_window(stored) == _without_window(wanted)
 
-    def plain(shape: Shape) -> Shape:
-        return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
 
-    return plain(stored) == plain(wanted)
+def _without_window(shape: Shape) -> Shape:
+    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
 
 
 class Form(NamedTuple):

@@ -11,6 +11,7 @@ here), and its writer wants all tensors at once and corrupts those that are not 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -229,11 +230,7 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
 
 def _entry(name: str, value: object, path: Path) -> TensorEntry:
     """Check one entry of the header by itself; offsets stay relative to the data."""
-
-    def refuse(what: str, expected: object = None, found: object = None) -> InputError:
-        shown = name if len(name) <= 160 else name[:157] + "..."
-        return InputError(what, file=path, key=shown, expected=expected, found=found)
-
+    refuse = functools.partial(_entry_error, name, path)
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise refuse("header entry is malformed", "dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -250,6 +247,13 @@ def _entry(name: str, value: object, path: Path) -> TensorEntry:
         what = f"{dtype} {shape} does not fill its data_offsets"
         raise refuse(what, f"{size} bytes", offsets[1] - offsets[0])
     return TensorEntry(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _entry_error(
+    name: str, path: Path, what: str, expected: object, found: object = None
+) -> InputError:
+    shown = name if len(name) <= 160 else name[:157] + "..."
+    return InputError(what, file=path, key=shown, expected=expected, found=found)
 
 
 def _sizes(value: object) -> bool:

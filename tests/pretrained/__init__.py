@@ -1,0 +1,1 @@
+"""Tests of tiue_jax.pretrained."""
