@@ -1,8 +1,8 @@
 """Checkpoints of the whole training state; the only module that sees Orbax.
 
-`WORKDIR/checkpoints/STEP/` holds `state` (step, student, EMA, LoRA, both optimisers), `data` (grain's
-iterator) and `meta` (JSON: what run this is, and a digest of every array). Saving is asynchronous; a
-checkpoint counts from the moment Orbax commits it, so a kill in the middle leaves the one before.
+`WORKDIR/checkpoints/STEP/` holds `state` (step, student, EMA, LoRA, both optimisers), `data`
+(grain's iterator) and `meta` (JSON: what run this is, a digest of every array). Saving is
+asynchronous; a checkpoint counts from the moment Orbax commits it, so a kill in the middle leaves the one before.
 Orbax stores no checksum of array data (a flipped bit would restore silently): ours is checked.
 """
 
@@ -95,8 +95,8 @@ class Checkpoints:
         """Restore the newest checkpoint that is whole, and move damaged newer ones aside.
 
         Args:
-            target: a state of this run, as arrays or ShapeDtypeStructs with shardings; what was
-                saved under other shardings is distributed by these.
+            target: a state of this run as ShapeDtypeStructs with shardings; what was saved under
+                others is distributed by these.
             batches: put where it was, also where the number of processes has changed.
             check: called with a checkpoint's meta before its arrays are read; raises to refuse it.
 
@@ -135,8 +135,7 @@ class Checkpoints:
     ) -> Restored:
         meta = _read_meta(self._manager, step)
         check(meta)
-        abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, target)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         state = self._manager.restore(step, args=args)["state"]
         _verify(state, meta["digests"])
         if meta["data"]["process_count"] == jax.process_count():
@@ -230,12 +229,14 @@ def inspect_arrays(tree: Any) -> tuple[dict[str, int], dict[str, bool]]:
     The digest is the sum of every element's bits times an odd number that grows with its place,
     modulo 2**32: any one changed element changes it, and no sharding or order of adding does.
     """
-    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
-    names = ["/".join(_key_name(key) for key in path) for path in paths]
-    digests, finite = jax.device_get(_inspect(leaves))
+    found = {
+        "/".join(_key_name(key) for key in path): _inspect(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    found = jax.device_get(found)
     return (
-        {name: int(value) for name, value in zip(names, digests, strict=True)},
-        {name: bool(value) for name, value in zip(names, finite, strict=True)},
+        {name: int(digest) for name, (digest, _) in found.items()},
+        {name: bool(finite) for name, (_, finite) in found.items()},
     )
 
 
@@ -247,19 +248,13 @@ def _key_name(key: Any) -> str:
     return str(key)
 
 
-@jax.jit
-def _inspect(leaves: tuple[Array, ...]) -> tuple[UInt32[Array, "n"], Bool[Array, "n"]]:
-    return (
-        jnp.stack([_digest(leaf) for leaf in leaves]),
-        jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]),
-    )
-
-
-def _digest(x: Array) -> UInt32[Array, ""]:
+@jax.jit  # one small program for every shape: compiling one for the whole tree takes minutes
+def _inspect(x: Array) -> tuple[UInt32[Array, ""], Bool[Array, ""]]:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     raw = x.astype(jnp.uint8) if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     weight = 2 * place + 1
-    return jnp.sum(raw.astype(jnp.uint32) * weight, dtype=jnp.uint32)
+    digest = jnp.sum(raw.astype(jnp.uint32) * weight, dtype=jnp.uint32)
+    return digest, jnp.isfinite(x).all()

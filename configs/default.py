@@ -1,0 +1,76 @@
+"""Every option of `tiue_jax.main`, with the paper's values; the other configs say what differs.
+
+A teacher and prompts have to be named:
+
+    python -m tiue_jax.main --config=configs/default.py --workdir=runs/mine \
+        --config.teacher=FOLDER --config.data.source=prompts.txt
+
+Any value can be overridden this way. Keys that are not here, and values of another type, are refused.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # of the LoRA's start, every random draw of the training, and validation noise
+    config.teacher = ""  # folder of a Stable Diffusion in diffusers' layout
+
+    config.data = ConfigDict()
+    config.data.source = (
+        ""  # .txt, .jsonl, .json (COCO captions) or tfds:NAME[:split][:field]
+    )
+    config.data.field = (
+        ""  # where the text is in a JSON object ("Task2.Caption"); "": the usual name
+    )
+    config.data.deduplicate = True  # keep the first of equal prompts
+    config.data.shuffle_seed = 2023  # order of the prompts; another one for every epoch follows
+
+    config.student = ConfigDict()
+    config.student.num_steps = 4  # K, decoder timesteps that run in parallel
+    config.student.timestep_spacing = "leading"  # leading, trailing or linspace
+
+    config.lora = ConfigDict()
+    config.lora.rank = 64
+    config.lora.alpha = 108.0  # the update is alpha / rank * A B
+    config.lora.targets = ("to_q", "to_v")  # which projections of every attention are adapted
+
+    config.vsd = ConfigDict()
+    config.vsd.guidance_scale = 4.5  # w, of teacher and LoRA teacher alike
+    config.vsd.t_min = 20  # timesteps are drawn from t_min..t_max, both included
+    config.vsd.t_max = 980
+
+    config.kl = ConfigDict()
+    config.kl.weight = 0.1  # lambda_kl, on a SUM over the K noise maps of `batch` images
+    config.kl.batch = 8  # the paper's images a device; 0: the whole batch, however large
+
+    config.train = ConfigDict()
+    config.train.iterations = 66_503  # three epochs of JourneyDB's 1,418,723 captions
+    config.train.batch_size = 64  # over all devices
+    config.train.student_lr = 1e-6
+    config.train.lora_lr = 1e-3
+    config.train.lora_warmup = 0  # first iterations, in which the LoRA teacher learns alone
+    config.train.clip_grad_norm = 1.0  # global norm, student and LoRA each
+    config.train.null_prompt_prob = 0.1  # how often the LoRA's loss sees the empty prompt
+    config.train.ema_max_decay = 0.9999  # decay is min(this, (1 + n) / (10 + n)) after n updates
+    config.train.compute_dtype = "bfloat16"  # bfloat16 or float32; weights and losses are float32
+    config.train.remat = True  # recompute activations in the backward pass: less memory, more time
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices that split the batch; -1: all that are left
+    config.mesh.fsdp = 1  # devices that split batch and weights
+
+    config.log = ConfigDict()
+    config.log.every = 50  # iterations between lines of metrics.jsonl, TensorBoard and the bar
+    config.log.summary_every = 500  # iterations between image grids; 0: none
+    config.log.validation_prompts = (  # of the image grids, always from the same noise
+        "a red cube on a blue table",
+        "a photo of a waterfall surrounded by rocks",
+        "an oil painting of a fox in the snow",
+        "a cup of coffee beside an open book, morning light",
+    )
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 1000  # iterations; the last iteration is always saved
+    config.checkpoint.keep = 3  # how many of the latest are kept
+    return config.lock()

@@ -1,0 +1,246 @@
+"""Where prompts come from: text, JSON lines, COCO captions, tfds data sets, as one list of texts.
+
+The whole list is held in memory (JourneyDB's 1.4 M captions: about 0.3 GB), so that shuffling,
+deduplication and the digest that guards a resume are the same for every source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tiue_jax.io.errors import InputError
+
+TFDS_PREFIX = "tfds:"
+_TFDS_FIELDS = ("caption", "captions.text", "prompt", "text")  # the first that a data set has
+_COCO_FIELD = "caption"
+_JSONL_FIELD = "prompt"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a source, in its order, without blank ones.
+
+    Attributes:
+        texts: at least one; stripped of surrounding white space.
+        source: the source as it was named.
+        repeats: how many were left out because the same text came before.
+    """
+
+    texts: tuple[str, ...]
+    source: str
+    repeats: int = 0
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the texts in order: equal if a run would see the same prompts."""
+        digest = hashlib.sha256()
+        for text in self.texts:
+            encoded = text.encode("utf-8", "surrogatepass")
+            digest.update(len(encoded).to_bytes(8, "little"))
+            digest.update(encoded)
+        return digest.hexdigest()
+
+
+def load_prompts(source: str, *, field: str = "", deduplicate: bool = False) -> Prompts:
+    """Read all prompts of `source`.
+
+    Args:
+        source: a `.txt` file (a prompt a line), a `.jsonl` file (an object a line), a `.json` file
+            in the form of COCO's captions, or `tfds:NAME[:split][:field]` for a prepared tfds data
+            set (NAME as tfds knows it, or the folder of a prepared version; split "train").
+        field: where in an object the text is; dots go inwards ("Task2.Caption" is JourneyDB's).
+            Empty takes "prompt" of JSON lines, "caption" of COCO's JSON, and of a data set the
+            first of "caption", "captions.text", "prompt", "text" that it has.
+        deduplicate: keep only the first of equal texts.
+
+    Raises:
+        InputError: the source is missing, empty, broken, or without the field; with file and line.
+    """
+    texts = [text for raw in _read(source, field) if (text := raw.strip())]
+    if not texts:
+        raise InputError("holds no prompts", file=source, expected="at least one that is not blank")
+    kept = tuple(dict.fromkeys(texts)) if deduplicate else tuple(texts)
+    return Prompts(kept, source, repeats=len(texts) - len(kept))
+
+
+def _read(source: str, field: str) -> Iterator[str]:
+    if source.startswith(TFDS_PREFIX):
+        return _read_tfds(source, field)
+    path = Path(source)
+    reader = _READERS.get(path.suffix.lower())
+    choices = f"one of {', '.join(sorted(_READERS))}, or {TFDS_PREFIX}NAME[:split][:field]"
+    if not source:
+        raise InputError("no prompt source is given", key="data.source", expected=choices)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise InputError(what, file=source, key="data.source", expected=choices)
+    if reader is None:
+        raise InputError(
+            "unknown kind of prompt file", file=source, key="data.source", expected=choices
+        )
+    return reader(path, field)
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text) for the lines that are not blank."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                found = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
+                raise InputError(
+                    "not UTF-8 text", file=path, line=number, expected="UTF-8", found=found
+                ) from error
+            if text:
+                yield number, text
+
+
+def _read_text(path: Path, field: str) -> Iterator[str]:
+    del field  # a line has no fields
+    return (text for _, text in _read_lines(path))
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+    for number, line in _read_lines(path):
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"broken JSON: {error}", file=path, line=number) from error
+        yield from _pick(record, field or _JSONL_FIELD, file=path, line=number)
+
+
+def _read_coco(path: Path, field: str) -> Iterator[str]:
+    try:
+        document = json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"broken JSON: {error}", file=path) from error
+    records = document.get("annotations") if isinstance(document, dict) else None
+    if not isinstance(records, list):
+        raise InputError(
+            "not COCO captions", file=path, key="annotations", expected="a list of captions"
+        )
+    for record in records:
+        yield from _pick(record, field or _COCO_FIELD, file=path)
+
+
+def _pick(record: Any, field: str, *, file: str | Path, line: int | None = None) -> tuple[str, ...]:
+    """Return the text, or texts, at `field` of a decoded JSON object."""
+    value = record
+    for name in field.split("."):
+        if not isinstance(value, dict):
+            found = f"{type(value).__name__} where {name!r} should be in an object"
+            raise InputError("field is missing", file=file, line=line, key=field, found=found)
+        if name not in value:
+            found = f"the fields {', '.join(map(str, list(value)[:8]))}" if value else "no fields"
+            raise InputError("field is missing", file=file, line=line, key=field, found=found)
+        value = value[name]
+    texts = tuple(value) if isinstance(value, list) else (value,)
+    for text in texts:
+        if not isinstance(text, str):
+            found = f"{type(text).__name__} {text!r}"[:80]
+            raise InputError(
+                "field is not text", file=file, line=line, key=field, expected="text", found=found
+            )
+    return texts
+
+
+def _read_tfds(source: str, field: str) -> Iterator[str]:
+    """Yield the texts of one field. Reads only that field's bytes into Python: images stay packed.
+
+    The builder is made from the prepared files and not from its code, because the code of many
+    builders (coco_captions among them) imports TensorFlow.
+    """
+    name, split, named = _parse_tfds(source)
+    import tensorflow_datasets as tfds  # seconds to import; only where it is asked for
+
+    builder = _open_tfds(name, source)
+    features = builder.info.features
+    field = named or field or next((f for f in _TFDS_FIELDS if _feature(features, f)), "")
+    if not field or not _feature(features, field):
+        raise InputError(
+            "data set has no such text field",
+            file=source,
+            key=field or "data.field",
+            found=f"the fields {', '.join(sorted(features))}",
+        )
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    try:
+        rows = builder.as_data_source(split=split, deserialize_method=raw)
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(
+            f"cannot be read: {error}",
+            file=source,
+            expected="a split it has, prepared with --file_format=array_record",
+        ) from error
+    outer, *inner = field.split(".")
+    only = tfds.features.FeaturesDict({outer: features[outer]})
+    for index in range(len(rows)):
+        value = only.deserialize_example_np(rows[index])[outer]
+        for name in inner:
+            value = value[name]
+        for text in [value] if isinstance(value, bytes | str) else value:
+            yield text.decode("utf-8") if isinstance(text, bytes) else text
+
+
+def _parse_tfds(source: str) -> tuple[str, str, str]:
+    """Split `tfds:NAME[:split][:field]` into name, split ("train" if not said) and field ("")."""
+    parts = source.removeprefix(TFDS_PREFIX).split(":")
+    if not parts[0] or len(parts) > 3:
+        raise InputError(
+            "not a tfds source",
+            file=source,
+            key="data.source",
+            expected="tfds:NAME[:split][:field]",
+        )
+    name, split, field = (parts + ["", ""])[:3]
+    return name, split or "train", field
+
+
+def _open_tfds(name: str, source: str) -> Any:
+    """Return the read-only builder of a prepared data set, by its name or its folder."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
+
+    try:
+        if Path(name).is_dir():
+            return tfds.builder_from_directory(name)
+        return read_only_builder.builder_from_files(name)
+    except Exception as error:  # tfds raises many kinds for "not there"
+        raise InputError(
+            "no such prepared data set",
+            file=source,
+            key="data.source",
+            expected=(
+                "one built before (`tfds build NAME --file_format=array_record`) in "
+                "$TFDS_DATA_DIR or ~/tensorflow_datasets, or the folder of a version"
+            ),
+        ) from error
+
+
+def _feature(features: Any, field: str) -> Any:
+    """Return the feature at a dotted `field`, or None."""
+    found = features
+    for name in field.split("."):
+        found = getattr(found, "feature", found)  # a Sequence holds its features in `feature`
+        try:
+            found = found[name]
+        except (KeyError, TypeError):
+            return None
+    return found
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".txt": _read_text,
+    ".jsonl": _read_jsonl,
+    ".json": _read_coco,
+}

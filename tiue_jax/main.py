@@ -1,0 +1,43 @@
+"""Distil a Stable Diffusion teacher into a student that draws an image in one pass.
+
+    python -m tiue_jax.main --config=configs/tiny.py --workdir=runs/tiny
+
+The config says everything (configs/default.py lists and explains every key); any of it can be
+overridden: --config.train.batch_size=16 --config.data.source=prompts.txt. The order is the command
+line's: --config first.
+
+In the workdir come metrics.jsonl, tensorboard/ (`tensorboard --logdir=WORKDIR`), images/ (the
+validation prompts, always from the same noise), checkpoints/, and at the end student/: an ordinary
+diffusers folder, for `python -m tiue_jax.sample --model=WORKDIR/student`.
+
+The same command again resumes the run bit for bit. A config, teacher or prompts that have changed
+are refused; train.iterations, log, checkpoint and mesh may change. SIGTERM and Ctrl-C save first
+(exit code 75); a second one does not wait. A loss or weight that is not finite ends the run (exit
+code 1) and is not saved.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from tiue_jax.io.errors import InputError, run_command
+from tiue_jax.training.loop import train
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "What to train: a file of configs/, or your own.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: a new one, or one to resume.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run one distillation."""
+    if len(argv) > 1:
+        raise InputError("arguments are given as --name=value", found=" ".join(argv[1:]))
+    train(CONFIG.value, Path(WORKDIR.value))
+
+
+if __name__ == "__main__":
+    run_command(main)

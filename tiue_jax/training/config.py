@@ -1,0 +1,171 @@
+"""From a config to checked options, and what of a config a resumed run may change."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tiue_jax.diffusion.schedule import TIMESTEP_SPACINGS
+from tiue_jax.io.errors import InputError
+from tiue_jax.training.options import StepOptions
+
+_INFINITY = math.inf
+_SEED = (0, 2**32 - 1)
+
+# Inclusive bounds of every number.
+_RANGES: dict[str, tuple[float, float]] = {
+    "seed": _SEED,
+    "data.shuffle_seed": _SEED,
+    "student.num_steps": (1, 1000),
+    "lora.rank": (1, _INFINITY),
+    "lora.alpha": (0, _INFINITY),
+    "vsd.guidance_scale": (0, _INFINITY),
+    "vsd.t_min": (0, 999),
+    "vsd.t_max": (0, 999),
+    "kl.weight": (0, _INFINITY),
+    "kl.batch": (0, _INFINITY),
+    "train.iterations": (0, 2**31 - 1),
+    "train.batch_size": (1, _INFINITY),
+    "train.student_lr": (0, _INFINITY),
+    "train.lora_lr": (0, _INFINITY),
+    "train.lora_warmup": (0, _INFINITY),
+    "train.clip_grad_norm": (1e-30, _INFINITY),
+    "train.null_prompt_prob": (0, 1),
+    "train.ema_max_decay": (0, 1 - 1e-9),
+    "mesh.data": (-1, _INFINITY),
+    "mesh.fsdp": (-1, _INFINITY),
+    "log.every": (1, _INFINITY),
+    "log.summary_every": (0, _INFINITY),
+    "checkpoint.every": (1, _INFINITY),
+    "checkpoint.keep": (1, _INFINITY),
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "student.timestep_spacing": TIMESTEP_SPACINGS,
+    "train.compute_dtype": ("float32", "bfloat16"),
+}
+_TEXTS = {"teacher": "the folder of a Stable Diffusion", "data.source": "where the prompts are"}
+_TUPLES = ("lora.targets", "log.validation_prompts")
+_OTHERS = ("data.field", "data.deduplicate", "train.remat")
+
+# What a resumed run may change: how long it runs, where it is computed, what it shows. Teacher and
+# prompts are held by their contents and not by their names.
+_MAY_CHANGE = (
+    "teacher",
+    "data.source",
+    "data.field",
+    "data.deduplicate",
+    "train.iterations",
+    "train.remat",
+    "mesh.",
+    "log.",
+    "checkpoint.",
+)
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuse a config with keys missing or unknown, or values out of range.
+
+    Raises:
+        InputError: names the key, what it should be, and what it is.
+    """
+    values = flatten(config)
+    known = {*_RANGES, *_CHOICES, *_TEXTS, *_TUPLES, *_OTHERS}
+    for key in sorted(known - values.keys()):
+        raise InputError("missing from the config; see configs/default.py", key=key)
+    for key in sorted(values.keys() - known):
+        raise InputError("unknown config key; see configs/default.py", key=key)
+    for key, (low, high) in _RANGES.items():
+        _require(key, values[key], f"{low} to {high}", lambda v, a=low, b=high: a <= v <= b)
+        _require(key, values[key], "a finite number", math.isfinite)
+    for key, choices in _CHOICES.items():
+        _require(key, values[key], f"one of {', '.join(choices)}", lambda v, c=choices: v in c)
+    for key, meaning in _TEXTS.items():
+        _require(key, values[key], f"{meaning}: --config.{key}=...", bool)
+    for key in _TUPLES:
+        _require(key, values[key], "texts", lambda v: all(isinstance(t, str) and t for t in v))
+    for key in ("mesh.data", "mesh.fsdp"):
+        _require(key, values[key], "-1 or at least 1", lambda v: v != 0)
+
+
+def _require(key: str, value: Any, expected: str, holds: Callable[[Any], bool]) -> None:
+    if not holds(value):
+        raise InputError("not usable", key=key, expected=expected, found=repr(value))
+
+
+def step_options(config: ConfigDict, latent_size: int) -> StepOptions:
+    """Return the options of an iteration.
+
+    Raises:
+        InputError: values that contradict each other.
+    """
+    try:
+        return StepOptions(
+            num_steps=config.student.num_steps,
+            timestep_spacing=config.student.timestep_spacing,
+            latent_size=latent_size,
+            guidance_scale=config.vsd.guidance_scale,
+            vsd_t_min=config.vsd.t_min,
+            vsd_t_max=config.vsd.t_max,
+            lambda_kl=config.kl.weight,
+            kl_batch=config.kl.batch or None,
+            student_lr=config.train.student_lr,
+            lora_lr=config.train.lora_lr,
+            clip_grad_norm=config.train.clip_grad_norm,
+            lora_rank=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            lora_targets=tuple(config.lora.targets),
+            lora_warmup=config.train.lora_warmup,
+            null_prompt_prob=config.train.null_prompt_prob,
+            ema_max_decay=config.train.ema_max_decay,
+        )
+    except ValueError as error:
+        raise InputError(str(error), key="config") from error
+
+
+def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """Return {"train.batch_size": 64, ...}: dotted keys, and values as JSON has them."""
+    nested = config.to_dict() if isinstance(config, ConfigDict) else config
+    found: dict[str, Any] = {}
+
+    def walk(prefix: str, node: Any) -> None:
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), value)
+        else:
+            found[prefix] = list(node) if isinstance(node, tuple) else node
+
+    walk("", json.loads(json.dumps(nested)))
+    return found
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return {key: (before, now)} for what a resumed run may not change and has.
+
+    Args:
+        before, now: descriptions of a run: {"config": flat config, "teacher": {...}, "prompts":
+            {...}}, the latter two by digests of their contents.
+    """
+    held = {
+        f"{name}: {key}" if name != "config" else key: (before[name].get(key), now[name].get(key))
+        for name in ("config", "teacher", "prompts")
+        for key in {**before[name], **now[name]}
+        if name != "config" or not key.startswith(_MAY_CHANGE)
+    }
+    return {key: pair for key, pair in sorted(held.items()) if pair[0] != pair[1]}
+
+
+def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], workdir: Any) -> None:
+    """Raise InputError with every difference between the run in `workdir` and this command's."""
+    changed = changes(before, now)
+    if changed:
+        listed = "; ".join(f"{key} was {was!r}, is {now!r}" for key, (was, now) in changed.items())
+        raise InputError(
+            f"the run in this folder was begun otherwise: {listed}",
+            file=workdir,
+            key=next(iter(changed)),
+            expected="the same command as before, or another --workdir",
+        )

@@ -1,0 +1,153 @@
+"""The training run: read, restore, iterate, export. One page, in the order in which it happens.
+
+A run is a function of its config, teacher and prompts. The same command again goes on from the
+newest checkpoint. Precedence: a checkpoint in the workdir > the teacher's weights.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import jax
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from tiue_jax.io.errors import Preempted
+from tiue_jax.io.files import write_atomic
+from tiue_jax.pretrained.folder import export_student
+from tiue_jax.training import sharding
+from tiue_jax.training.checkpoint import Checkpoints
+from tiue_jax.training.config import refuse_changes
+from tiue_jax.training.preemption import catch_signals
+from tiue_jax.training.setup import Setup, set_up
+from tiue_jax.training.state import TrainState
+from tiue_jax.training.summaries import Progress, StepClock, Summaries, Window, say
+from tiue_jax.training.validation import make_validation
+from tiue_jax.training.workdir import claim, write_run
+
+STUDENT_FOLDER = "student"
+EXPORT_FILE = "training.json"  # in the exported folder: of which step and run it is
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Distil `config.teacher` into `workdir/student`.
+
+    Raises:
+        InputError: config, teacher, prompts or workdir are not usable, or not those of the run that
+            was begun in `workdir`.
+        RunError: a metric or a weight is not finite.
+        Preempted: told to stop, and saved.
+    """
+    workdir = workdir.resolve()
+    end, log = config.train.iterations, config.log
+    with ExitStack() as stack:
+        # ---- Read ---------------------------------------------------------------------------
+        stack.enter_context(claim(workdir))
+        stopping = stack.enter_context(catch_signals())
+        run = set_up(config, say)
+        key_init, key_draws, key_images = jax.random.split(jax.random.key(config.seed), 3)
+
+        # ---- Restore: the newest whole checkpoint, else the teacher's weights ------------------
+        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+        stack.callback(checkpoints.close)  # waits for the last save, however the run ends
+        found = checkpoints.restore(
+            run.abstract, run.batches, lambda meta: refuse_changes(meta, run.description, workdir)
+        )
+        state = run.start(key_init) if found is None else found.state
+        start = 0 if found is None else found.step
+        write_run(workdir, run.description)
+        _announce(run, state, start, end)
+
+        # ---- What it tells -------------------------------------------------------------------
+        summaries, progress = Summaries(workdir, step=start), Progress(end, start)
+        stack.callback(summaries.close)
+        stack.callback(progress.close)
+        draw = None
+        if log.summary_every and log.validation_prompts:
+            draw = make_validation(
+                run.sd, log.validation_prompts, run.options, key_images, run.mesh
+            )
+        if draw and found is None:
+            summaries.write_images(0, {"student": draw(state.ema)})
+
+        # ---- Iterate: nothing waits for the device but logs, images and saves --------------------
+        window, clock = Window(), StepClock(start)
+        for step in range(start + 1, end + 1):
+            ids = next(run.batches)["input_ids"]
+            ids = jax.make_array_from_process_local_data(sharding.batch_sharding(run.mesh), ids)
+            state, metrics = run.iterate(state, run.frozen, ids, key_draws)
+            window.append(step, metrics)
+            stop = stopping(step)
+
+            if step == start + 1:
+                seconds = clock.restart(step, wait_for=metrics)
+                say(f"first step, with compilation: {seconds:.1f} s")
+            if step % log.every == 0 or step == end:
+                means, seconds = window.means(), clock.lap(step)
+                epoch = step * config.train.batch_size / len(run.prompts)
+                times = {"time/step_ms": 1000 * seconds, "epoch": epoch}
+                summaries.write_scalars(step, means | times)
+                progress.update(step, means, seconds)
+            if draw and (step % log.summary_every == 0 or step == end):
+                summaries.write_images(step, {"student": draw(state.ema)})
+            if stop or step == end or step % config.checkpoint.every == 0:
+                window.check()
+                checkpoints.save(step, state, run.description, run.batches)
+            if stop and step < end:
+                raise Preempted(f"told to stop; saved step {step}, the same command goes on")
+
+        # ---- Export: the moving average, as a diffusers folder ---------------------------------
+        if report := run.tokenize.summary():
+            say(report)
+        _export(run, state, workdir, step=max(start, end))
+        say(f"done: {workdir / STUDENT_FOLDER}")
+
+
+def _announce(run: Setup, state: TrainState, start: int, end: int) -> None:
+    """Say what is about to run."""
+    count = parameter_overview.count_parameters
+    say(f"teacher {run.sd.folder}: UNet of {count(run.frozen.teacher):,} parameters")
+    devices = f"{jax.device_count()} {jax.default_backend()} devices"
+    say(f"LoRA: {count(state.lora):,} parameters; {devices}")
+    repeats = f" ({run.prompts.repeats:,} repeats left out)" if run.prompts.repeats else ""
+    say(f"prompts {run.prompts.source}: {len(run.prompts):,}{repeats}")
+    whence = "from the teacher" if start == 0 else f"resumed from step {start}"
+    say(f"{whence}, to step {end}" if start < end else f"step {start}: nothing is left to do")
+
+
+def _export(run: Setup, state: TrainState, workdir: Path, *, step: int) -> None:
+    """Write the EMA student to `workdir/student`; the export of another step is moved aside."""
+    folder = workdir / STUDENT_FOLDER
+    whole = jax.NamedSharding(run.mesh, sharding.REPLICATED)
+    params = jax.device_get(jax.jit(lambda tree: tree, out_shardings=whole)(state.ema))
+    if jax.process_index() != 0:
+        return
+    if folder.exists():
+        exported = _exported_step(folder)
+        if exported == step:
+            return
+        name = f"{STUDENT_FOLDER}_{'unknown' if exported is None else f'{exported:08d}'}"
+        free = next(
+            n for i in range(10**6) if not (n := workdir / f"{name}{f'.{i}' * bool(i)}").exists()
+        )
+        folder.rename(free)
+    export_student(
+        run.sd,
+        params,
+        folder,
+        num_steps=run.options.num_steps,
+        timestep_spacing=run.options.timestep_spacing,
+    )
+    write_atomic(
+        folder / EXPORT_FILE, json.dumps({"step": step, **run.description}, indent=2) + "\n"
+    )
+
+
+def _exported_step(folder: Path) -> int | None:
+    """Return of which step an export is; None where it does not say."""
+    try:
+        return int(json.loads((folder / EXPORT_FILE).read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
