@@ -109,7 +109,9 @@ class Pipeline:
 
         return self._run(latents, prompts, seeds)
 
-    def encode(self, input_ids: Int[np.ndarray, "b n"]) -> Float[Array, "b n d"]:
+    def encode(
+        self, input_ids: Int[np.ndarray, "b n"] | Int[Array, "b n"]
+    ) -> Float[Array, "b n d"]:
         """The text encoder's context of token ids."""
         return _encode(self.model.text_encoder, self.model.params["text_encoder"], input_ids)
 

@@ -1,0 +1,93 @@
+"""Prompts to images: what an image may and may not depend on."""
+
+import numpy as np
+import pytest
+
+from tests.pretrained.folders import MODEL
+from tiue_jax.diffusion.ddim import closed_form
+from tiue_jax.diffusion.images import decode_images
+from tiue_jax.diffusion.student import student_forward, student_timesteps
+from tiue_jax.pretrained.pipeline import load_pipeline, seed_noise
+
+PROMPTS = ["a red cube on the blue table", "the blue sky", "three red stones in the rain"]
+# Another batch size is another order of summation: a byte may be cut to the one below.
+# Worst seen: 1, in 0.02 % of the bytes.
+ONE_BYTE = 1
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline(MODEL, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def images(pipeline):
+    return pipeline.sample(PROMPTS, [5, 6, 7])
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+def test_an_image_is_the_student_s_pass_from_its_seed(pipeline, images):
+    model = pipeline.model
+    timesteps = student_timesteps(model.schedule, 4)
+    S, E = closed_form(model.schedule, timesteps)
+    noise = seed_noise(np.array([6], np.uint32), (16, 16, 4))
+    context = pipeline.encode(model.tokenizer([PROMPTS[1]]))
+    unet = model.params["unet"]
+    x0, _ = student_forward(model.unet, unet, noise, context, timesteps, 751, S, E)
+    expected = np.asarray(decode_images(model.vae, model.params["vae"], x0))
+    assert apart(images[1:2], expected) <= ONE_BYTE
+    assert images.dtype == np.uint8
+    assert images.shape == (3, 128, 128, 3)
+
+
+def test_an_image_does_not_depend_on_its_batch(pipeline, images):
+    alone = pipeline.sample(PROMPTS[2:], [7])
+    many = pipeline.sample([*PROMPTS, *PROMPTS[::-1], *PROMPTS], [5, 6, 7, 7, 6, 5, 1, 2, 3])
+    assert apart(alone, images[2:]) <= ONE_BYTE
+    assert apart(many[:3], images) <= ONE_BYTE
+    assert apart(many[3:6], images[::-1]) <= ONE_BYTE
+
+
+def test_an_image_depends_on_seed_and_prompt(pipeline, images):
+    other = pipeline.sample([PROMPTS[0], PROMPTS[1]], [8, 5])
+    assert apart(other[:1], images[:1]) > 10
+    assert apart(other[1:], images[:1]) > 0
+
+
+def test_the_largest_seed_is_another_than_zero(pipeline):
+    first, last = np.asarray(seed_noise(np.array([0, 2**32 - 1], np.uint32), (4, 4, 4)))
+    assert np.abs(first - last).max() > 0.1
+
+
+def test_teacher_guidance_and_negative_prompt_matter(pipeline):
+    def one(**options):
+        return pipeline.sample_teacher(PROMPTS[:1], [0], num_steps=3, **options)
+
+    plain = one(guidance_scale=1.0)
+    assert apart(plain, one(guidance_scale=7.5)) > 1
+    # u = c where the negative prompt is the prompt: guidance of any size does nothing
+    same = one(guidance_scale=7.5, negative_prompt=PROMPTS[0])
+    assert apart(plain, same) <= ONE_BYTE
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_range_is_refused(pipeline, seed):
+    with pytest.raises(ValueError, match="seed"):
+        pipeline.sample(PROMPTS[:1], [seed])
+
+
+def test_as_many_seeds_as_prompts(pipeline):
+    with pytest.raises(ValueError, match="3 prompts, 1 seeds"):
+        pipeline.sample(PROMPTS, [1])
+
+
+def test_one_leading_step_is_explained(pipeline):
+    with pytest.raises(ValueError, match="input noise"):
+        pipeline.sample(PROMPTS[:1], [1], num_steps=1)
+
+
+def test_no_prompts_give_no_images(pipeline):
+    assert pipeline.sample([], []).shape == (0, 128, 128, 3)

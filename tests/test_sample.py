@@ -1,0 +1,95 @@
+"""The sampling command: files, seeds, refusals."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT
+from tests.pretrained.folders import MODEL
+
+
+def sample(*flags: str, cwd=None, devices: int = 1) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+    }
+    command = [sys.executable, "-m", "tiue_jax.sample", *flags]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def read(file) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image).astype(int)
+
+
+def refused(result: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    for part in parts:
+        assert part in last
+
+
+def test_files_seeds_and_default_folder(tmp_path):
+    flags = ["--prompt=../../a RED cube", "--prompt=the blue sky", "--num_images=2", "--seed=3"]
+    flags += [f"--model={MODEL}", "--num_steps=2"]
+    result = sample(*flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    out = tmp_path / "samples" / "000"
+    names = [f"{i:05d}_{w}.png" for i, w in enumerate(["a-red-cube"] * 2 + ["the-blue-sky"] * 2)]
+    assert sorted(f.name for f in out.iterdir()) == sorted([*names, "grid.png", "samples.json"])
+    told = json.loads((out / "samples.json").read_text())
+    assert [i["seed"] for i in told["images"]] == [3, 4, 5, 6]
+    assert told["images"][0]["prompt"] == "../../a RED cube"
+    assert read(out / "grid.png").shape == (2 * 128 + 2, 2 * 128 + 2, 3)
+    # the third image alone, on two devices, into the next free folder
+    again = sample(
+        f"--model={MODEL}", "--num_steps=2", "--seed=5", "--prompt=the blue sky",
+        cwd=tmp_path, devices=2,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    one = read(tmp_path / "samples" / "001" / "00000_the-blue-sky.png")
+    # another order of summation may cut a byte to the one below; worst seen 1
+    assert np.abs(one - read(out / names[2])).max() <= 1
+
+
+def test_an_earlier_result_is_never_overwritten(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.png").write_bytes(b"mine")
+    result = sample(
+        f"--model={MODEL}", "--num_steps=2", "--prompt=sky", f"--out={tmp_path / 'out'}"
+    )
+    refused(result, "out")
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "mine.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--prompt=sky"], ["--model"]),
+        ([f"--model={MODEL}"], ["--prompt"]),
+        ([f"--model={MODEL}", "--prompt=sky"], ["no student", "--teacher"]),
+        ([f"--model={MODEL}", "--prompt=sky", "--num_steps=1"], ["--num_steps", "input noise"]),
+        ([f"--model={MODEL}", "--prompt=sky", "--seed=-1"], ["--seed"]),
+        (["--model=missing", "--prompt=sky"], ["missing: no such folder"]),
+        ([f"--model={MODEL}", "--prompt_file=missing.txt"], ["missing.txt"]),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, flags, parts):
+    refused(sample(*flags, f"--out={tmp_path / 'out'}", cwd=tmp_path), *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_teaches():
+    result = sample("--help")
+    assert result.returncode == 0
+    for part in ("--teacher", "--num_images", "grid.png", "python -m tiue_jax.sample"):
+        assert part in result.stdout
