@@ -8,8 +8,10 @@
 
 Protocol: 1000 captions of scenes with seen colour-shape pairs and 250 with an unseen pair, all
 fixed, each naming every colour, shape and position; image i has seed i. Accuracy by the scene
-reader; Frechet distance, recall, coverage, precision (k = 3) and density (k = 5) on its features,
-the seen pictures against 2000 rendered test pictures.
+reader. On its features, the pictures of seen pairs are compared with rendered test pictures: by
+Frechet distance with 2000 of them (percent of their total variance; real pictures get about 1), by
+precision and recall (k = 3), density and coverage (k = 5) with as many as there are pictures.
+Compare only numbers of equally many pictures.
 """
 
 import json
@@ -175,8 +177,9 @@ def score(
     if len(features) >= 10:
         real = reference_features() if reference is None else reference
         result["frechet"] = frechet_distance(real, features)
-        result |= precision_recall(real, features, k=3)._asdict()
-        result |= density_coverage(real, features, k=5)._asdict()
+        as_many = real[: len(features)]  # a ball's size depends on the number of features
+        result |= precision_recall(as_many, features, k=3)._asdict()
+        result |= density_coverage(as_many, features, k=5)._asdict()
     return result
 
 
@@ -212,7 +215,7 @@ def model_sampler(
     """Sample from a model folder: a student in one pass, or a teacher by DDIM with guidance."""
     from tiue_jax.pretrained.pipeline import load_pipeline
 
-    pipeline = load_pipeline(folder)
+    pipeline = load_pipeline(folder, batch_size=BATCH)
     if teacher:
         options: dict[str, Any] = {"num_steps": num_steps or 25}
         if guidance_scale is not None:

@@ -5,6 +5,7 @@ hidden layer gives the features for the Frechet distance, recall and coverage.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,11 +99,18 @@ class Readings:
 
 
 class Reader:
-    """The trained reader with its parameters: `Reader.load()(images)`."""
+    """The trained reader with its parameters: `Reader.load()(images)`.
 
-    def __init__(self, model: SceneReader, params: Mapping):
+    Args:
+        model: the network.
+        params: its parameters.
+        feature_scale: what features are multiplied with, see `calibrated`.
+    """
+
+    def __init__(self, model: SceneReader, params: Mapping, feature_scale: float = 1.0):
         self.model = model
         self.params = params
+        self.feature_scale = feature_scale
         self._apply = jax.jit(model.apply)
 
     @classmethod
@@ -122,7 +130,8 @@ class Reader:
             raise InputError("this reader was trained for other scenes", file=folder / CONFIG)
         model = SceneReader(tuple(config["widths"]), config["num_features"])
         flat = {k: v.astype(np.float32) for k, v in load_file(folder / WEIGHTS).items()}
-        return cls(model, flax.traverse_util.unflatten_dict(flat, sep="/"))
+        params = flax.traverse_util.unflatten_dict(flat, sep="/")
+        return cls(model, params, config["feature_scale"])
 
     def __call__(self, images: UInt8[np.ndarray, "n 64 64 3"]) -> Readings:
         """Read pictures (uint8 RGB), in batches of one fixed size (one compilation)."""
@@ -136,7 +145,7 @@ class Reader:
             pad = np.zeros((BATCH - len(batch), 64, 64, 3), np.uint8)
             pixels = to_pixels(np.concatenate([batch, pad]))
             feature, logits = jax.device_get(self._apply({"params": self.params}, pixels))
-            features.append(feature[: len(batch)])
+            features.append(self.feature_scale * feature[: len(batch)])
             for name in HEADS:
                 labels[name].append(logits[name][: len(batch)].argmax(-1))
         if not features:
@@ -147,18 +156,28 @@ class Reader:
         )
 
 
+def calibrated(reader: Reader, images: UInt8[np.ndarray, "n 64 64 3"]) -> Reader:
+    """The reader with features of total variance 100 on these pictures.
+
+    A Frechet distance is then in percent of the variance of real pictures.
+    """
+    variance = float(np.var(reader(images).features.astype(np.float64), axis=0).sum())
+    return Reader(reader.model, reader.params, reader.feature_scale * math.sqrt(100 / variance))
+
+
 def to_pixels(images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n h w 3"]:
     """Images in 0..255 to pixels in [-1, 1]."""
     return images.astype(np.float32) / 127.5 - 1
 
 
-def save_reader(folder: Path, model: SceneReader, params: Mapping, report: Mapping) -> None:
+def save_reader(folder: Path, reader: Reader, report: Mapping) -> None:
     """Write the parameters (fp16) and a configuration with the reported accuracies."""
-    flat = flax.traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    flat = flax.traverse_util.flatten_dict(jax.device_get(reader.params), sep="/")
     save_file({k: np.ascontiguousarray(v, np.float16) for k, v in flat.items()}, folder / WEIGHTS)
     config = {
-        "widths": model.widths,
-        "num_features": model.num_features,
+        "widths": reader.model.widths,
+        "num_features": reader.model.num_features,
+        "feature_scale": reader.feature_scale,
         "heads": HEADS,
         "report": report,
     }

@@ -28,6 +28,7 @@ from examples.tiny_sd.reader import (
     Reader,
     SceneReader,
     accuracy,
+    calibrated,
     save_reader,
     to_pixels,
     true_labels,
@@ -39,6 +40,7 @@ from tiue_jax.io.files import new_folder
 
 FLAGS = flags.FLAGS
 TEST_SEED, TEST_SIZE = 900_001, 5000
+CALIBRATION_SIZE = 2000  # pictures that set the scale of the features
 Labels = Mapping[str, Array]  # [b] for each of HEADS
 REQUIRED = 0.98  # joint accuracy on held-out scenes
 EMPTY, CROWDED, STRANGE = 0.05, 0.07, 0.06  # fractions: no object, three objects, odd shape
@@ -161,7 +163,7 @@ def train(iterations: int, batch_size: int, learning_rate: float, seed: int) -> 
         if (i + 1) % 100 == 0 or i + 1 == iterations:
             seconds = time.monotonic() - start
             print(f"step {i + 1}/{iterations}  loss {float(loss):.4f}  {seconds:.0f} s", flush=True)
-    return Reader(model, params)
+    return calibrated(Reader(model, params), render(sample_scenes(rng, CALIBRATION_SIZE)))
 
 
 def held_out_report(reader: Reader) -> dict[str, dict[str, float]]:
@@ -189,7 +191,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"{name}: " + "  ".join(f"{k} {100 * v:.2f} %" for k, v in row.items()))
         if report["clean"]["joint"] < REQUIRED:
             raise RunError(f"joint accuracy {report['clean']['joint']:.4f} is below {REQUIRED}")
-        save_reader(Path(folder), reader.model, reader.params, report)
+        save_reader(Path(folder), reader, report)
     print(f"wrote {FLAGS.out}")
 
 
