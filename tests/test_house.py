@@ -9,11 +9,15 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import jaxtyping
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import tiue_jax
+from tiue_jax.diffusion import losses
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -138,6 +142,20 @@ def test_every_package_says_what_it_is_for() -> None:
     for path in packages:
         assert ast.get_docstring(ast.parse(path.read_text())), shown(path)
         assert imports(path) <= {"os"}, f"{shown(path)}: importing a package costs nothing"
+
+
+def test_the_suite_checks_shapes_and_is_strict() -> None:
+    """What conftest.py switches on is on: shapes in signatures, ranks, keys, eight devices."""
+    square, flat = jnp.zeros((1, 2, 2, 1)), jnp.zeros((1, 4))
+    with pytest.raises(jaxtyping.TypeCheckError, match="score_gradient"):
+        losses.vsd_loss(square, flat)
+    with pytest.raises(ValueError, match="rank_promotion"):
+        square + jnp.zeros(1)
+    key = jax.random.key(0)
+    jax.random.normal(key)
+    with pytest.raises(jax.errors.KeyReuseError):
+        jax.random.normal(key)
+    assert jax.device_count() == 8
 
 
 def test_version_is_a_version() -> None:
