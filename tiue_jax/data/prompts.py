@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -194,7 +196,7 @@ def _read_tfds(source: str, field: str) -> Iterator[str]:
 
 def _parse_tfds(source: str) -> tuple[str, str, str]:
     """Split `tfds:NAME[:split][:field]` into name, split ("train" if not said) and field ("")."""
-    parts = source.removeprefix(TFDS_PREFIX).split(":")
+    parts = re.split(r":(?![^\[]*\])", source.removeprefix(TFDS_PREFIX))  # train[:2] is one part
     if not parts[0] or len(parts) > 3:
         raise InputError(
             "not a tfds source",
@@ -214,7 +216,8 @@ def _open_tfds(name: str, source: str) -> Any:
     try:
         if Path(name).is_dir():
             return tfds.builder_from_directory(name)
-        return read_only_builder.builder_from_files(name)
+        data_dir = os.environ.get("TFDS_DATA_DIR")  # tfds itself looks only when it is imported
+        return read_only_builder.builder_from_files(name, data_dir=data_dir)
     except Exception as error:  # tfds raises many kinds for "not there"
         raise InputError(
             "no such prepared data set",

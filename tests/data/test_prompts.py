@@ -1,0 +1,152 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiue_jax.data.prompts import Prompts, load_prompts
+from tiue_jax.io.errors import InputError
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def refused(source: str, **options) -> InputError:
+    with pytest.raises(InputError) as caught:
+        load_prompts(source, **options)
+    return caught.value
+
+
+def test_text_file_is_a_prompt_a_line_without_blank_ones(tmp_path: Path):
+    source = write(tmp_path / "p.txt", "\ufeffa cat\r\n\n  a dog \n\t\nün chat\u2028noir\na cat")
+    prompts = load_prompts(source)
+    assert prompts.texts == ("a cat", "a dog", "ün chat\u2028noir", "a cat")
+    assert prompts.repeats == 0
+    assert len(prompts) == 4
+
+
+def test_deduplication_keeps_the_first_and_counts(tmp_path: Path):
+    source = write(tmp_path / "p.txt", "b\na\nb \na\nc\n")
+    prompts = load_prompts(source, deduplicate=True)
+    assert prompts.texts == ("b", "a", "c")
+    assert prompts.repeats == 2
+
+
+def test_jsonl_takes_the_named_field_and_journeydbs_nested_one(tmp_path: Path):
+    record = {"prompt": "p", "Task1": {}, "Task2": {"Caption": "a fox"}, "img_path": "x.jpg"}
+    source = write(tmp_path / "p.jsonl", json.dumps(record) + "\n\n" + json.dumps(record) + "\n")
+    assert load_prompts(source).texts == ("p", "p")
+    assert load_prompts(source, field="Task2.Caption").texts == ("a fox", "a fox")
+
+
+def test_jsonl_field_may_hold_several_texts(tmp_path: Path):
+    source = write(tmp_path / "p.jsonl", '{"captions": ["one", "two"]}\n')
+    assert load_prompts(source, field="captions").texts == ("one", "two")
+
+
+def test_coco_captions(tmp_path: Path):
+    document = {"images": [], "annotations": [{"id": 1, "caption": "A bus. "}, {"caption": "b"}]}
+    source = write(tmp_path / "captions_val2014.json", json.dumps(document))
+    assert load_prompts(source).texts == ("A bus.", "b")
+
+
+def test_digest_is_of_the_texts_in_their_order():
+    def digest(*texts: str) -> str:
+        return Prompts(texts, "x").digest
+
+    assert digest("a", "b") == Prompts(("a", "b"), "elsewhere.txt").digest
+    assert len({digest("a", "b"), digest("b", "a"), digest("ab"), digest("a", "b", "")}) == 4
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_empty_file_is_refused(tmp_path: Path, name: str):
+    for content in ("", "\n \n"):
+        source = write(tmp_path / name, content)
+        assert f"{source}: holds no prompts" in str(refused(source))
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_not_utf8_is_refused_with_its_line(tmp_path: Path, name: str):
+    good = b'{"prompt": "a"}\n' if name.endswith("l") else b"a\n"
+    source = write(tmp_path / name, good * 2 + b"caf\xe9\n")
+    error = refused(source)
+    assert error.line == 3
+    assert str(error) == f"{source}:3: not UTF-8 text, expected UTF-8, found byte 0xe9 at column 4"
+
+
+def test_broken_json_line_is_refused_with_its_line(tmp_path: Path):
+    source = write(tmp_path / "p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n')
+    assert str(refused(source)).startswith(f"{source}:2: broken JSON: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "said"),
+    [
+        ('{"text": "a"}', "", "[prompt]: field is missing, found the fields text"),
+        ("{}", "caption", "[caption]: field is missing, found no fields"),
+        ('["a"]', "", "[prompt]: field is missing, found list where 'prompt' should be"),
+        ('{"Task2": "x"}', "Task2.Caption", "[Task2.Caption]: field is missing, found str where"),
+        ('{"prompt": null}', "", "[prompt]: field is not text, expected text, found NoneType"),
+        ('{"prompt": ["a", 3]}', "", "[prompt]: field is not text, expected text, found int 3"),
+    ],
+)
+def test_line_without_the_field_is_refused(tmp_path: Path, line: str, field: str, said: str):
+    source = write(
+        tmp_path / "p.jsonl", '{"prompt":"a","caption":"b","Task2":{"Caption":"c"}}\n' + line
+    )
+    assert f"{source}:2 {said}" in str(refused(source, field=field))
+
+
+def test_json_that_is_not_coco_is_refused(tmp_path: Path):
+    for content, said in (("[1]", "not COCO captions"), ("{", "broken JSON")):
+        source = write(tmp_path / "c.json", content)
+        assert said in str(refused(source))
+
+
+def test_source_that_is_not_there_or_of_no_kind_names_the_choices(tmp_path: Path):
+    assert "no such file, expected one of .json, .jsonl, .txt, or tfds:" in str(
+        refused(str(tmp_path / "none.txt"))
+    )
+    assert "is a folder" in str(refused(str(tmp_path)))
+    assert "unknown kind of prompt file" in str(refused(write(tmp_path / "p.csv", "a")))
+    assert "no prompt source is given" in str(refused(""))
+
+
+# --- tfds ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data set with coco_captions' nested field, a plain one, and something large."""
+    folder = tmp_path_factory.mktemp("tfds")
+    # In a process of its own: tfds' builders warn, and stay registered.
+    script = Path(__file__).parent / "build_captions.py"
+    subprocess.run([sys.executable, str(script), str(folder)], check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")  # of tfds' dependencies
+def test_tfds_reads_each_form_of_field_without_tensorflow(data_dir: Path):
+    before = "tensorflow" in sys.modules
+    folder = data_dir / "captions" / "1.0.0"
+    plain = load_prompts(f"tfds:{folder}")
+    assert sorted(plain.texts) == [f"scene {i}" for i in range(5)]
+    nested = load_prompts(f"tfds:{folder}:train:captions.text")
+    assert len(nested) == 10
+    assert {"view 0 of 3", "view 1 of 3"} < set(nested.texts)
+    assert load_prompts(f"tfds:{folder}:test", field="caption").texts == ("a test",)
+    assert len(load_prompts(f"tfds:{folder}:train[:2]")) == 2
+    assert ("tensorflow" in sys.modules) == before
+
+
+@pytest.mark.filterwarnings("ignore")  # of tfds' dependencies
+def test_tfds_by_name_and_what_it_refuses(data_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+    assert len(load_prompts("tfds:captions")) == 5
+    assert "no such prepared data set" in str(refused("tfds:nowhere"))
+    assert "Unknown split 'val'" in str(refused("tfds:captions:val"))
+    assert "data set has no such text field" in str(refused("tfds:captions:train:title"))
+    assert "not a tfds source" in str(refused("tfds:"))
