@@ -1,0 +1,287 @@
+"""`python -m tiue_jax.convert`, as it is run: exit code, the line on stderr, what is on the disk."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from safetensors.numpy import load_file
+
+from tests.pretrained.folders import MODEL, WEIGHTS, bits, copy_model, edit_json, edit_weights
+from tiue_jax.data.pipeline import make_batches
+from tiue_jax.data.prompts import Prompts
+from tiue_jax.pretrained.folder import StudentOptions, load_stable_diffusion
+from tiue_jax.training.checkpoint import Checkpoints
+from tiue_jax.training.workdir import write_run
+
+UNET = WEIGHTS["unet"]
+Edit = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def convert(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Done]]:
+    """Run the command in this process (importing JAX takes longer than converting the model)."""
+    known = set(flags.FLAGS)
+
+    def run(*args: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["convert", *args])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_module("tiue_jax.convert", run_name="__main__", alter_sys=True)
+        for name in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, name)
+        printed = capsys.readouterr()
+        return Done(int(stop.value.code or 0), printed.out, printed.err)
+
+    yield run
+    flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return copy_model(tmp_path / "model")
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_to_flax_and_back_is_bit_for_bit(
+    convert: Callable[..., Done], model: Path, tmp_path: Path
+) -> None:
+    before = _files(model)
+    done = convert(f"--input={model}", f"--output={tmp_path / 'flax'}")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == f"{model} (diffusers) -> {tmp_path / 'flax'} (flax, same dtype)\n"
+    stored = load_file(tmp_path / "flax/unet/flax_params.safetensors")
+    kernel = load_file(MODEL / UNET)["down_blocks.0.resnets.0.conv1.weight"]
+    ours = stored["down_blocks_0/resnets_0/conv1/kernel"]
+    assert np.array_equal(ours, kernel.transpose(2, 3, 1, 0))
+    done = convert(f"--input={tmp_path / 'flax'}", f"--output={tmp_path / 'back'}")
+    assert (done.code, done.err) == (0, "")
+    for name in WEIGHTS.values():
+        assert (tmp_path / "back" / name).read_bytes() == (MODEL / name).read_bytes()
+    assert _files(model) == before
+
+
+def test_dtype_and_form_are_options(
+    convert: Callable[..., Done], model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "half"
+    assert (
+        convert(f"--input={model}", f"--output={out}", "--to=diffusers", "--dtype=float16")[0] == 0
+    )
+    tensors = load_file(out / UNET)
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype("float16")}
+    assert (out / UNET).stat().st_size < 0.51 * (MODEL / UNET).stat().st_size
+
+
+def test_help_teaches(convert: Callable[..., Done]) -> None:
+    done = convert("--help")
+    assert done.code == 0
+    assert "python -m tiue_jax.convert --input=FOLDER --output=NEW_FOLDER" in done.out
+    for flag in ("--input", "--output", "--to", "--dtype", "--which", "--teacher"):
+        assert flag in done.out
+
+
+@flax.struct.dataclass
+class State:
+    student: Any
+    ema: Any
+    lora: Any
+
+
+def _make_workdir(folder: Path, teacher: Path) -> dict[str, Any]:
+    """A run with one checkpoint of the reference model's UNet, student and EMA each changed."""
+    params = load_stable_diffusion(MODEL, parts=("unet",), place=np.asarray).params["unet"]
+    trees = {
+        name: jax.tree.map(lambda x, f=factor: np.ascontiguousarray(x * np.float32(f)), params)
+        for name, factor in (("student", 1.5), ("ema", 0.75))
+    }
+    lora = {"to_q": {"a": jnp.ones((3, 2))}}
+    state = State(jax.device_put(trees["student"]), jax.device_put(trees["ema"]), lora)
+    batches = make_batches(
+        Prompts(("a", "b"), "two"),
+        lambda texts: np.zeros((len(texts), 3), np.int32),
+        batch_size=2,
+        seed=0,
+    )
+    config = {
+        "teacher": str(teacher),
+        "student.num_steps": 2,
+        "student.timestep_spacing": "trailing",
+    }
+    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints.save(1, state, {"config": config}, batches)
+    checkpoints.close()
+    write_run(folder, {"config": config})
+    return trees
+
+
+def test_the_student_of_a_run_is_exported(
+    convert: Callable[..., Done], model: Path, tmp_path: Path
+) -> None:
+    trees = _make_workdir(tmp_path / "run", model)
+    done = convert(f"--input={tmp_path / 'run'}", f"--output={tmp_path / 'ema'}")
+    assert (done.code, done.err) == (0, "")
+    found = load_stable_diffusion(tmp_path / "ema", place=np.asarray)
+    assert found.student == StudentOptions(num_steps=2, timestep_spacing="trailing")
+    assert bits(found.params["unet"]) == bits(trees["ema"])
+    for part in ("vae", "text_encoder"):
+        assert (tmp_path / "ema" / WEIGHTS[part]).read_bytes() == (
+            MODEL / WEIGHTS[part]
+        ).read_bytes()
+    moved = model.rename(tmp_path / "moved")
+    args = (f"--input={tmp_path / 'run'}", f"--output={tmp_path / 'raw'}", "--which=student")
+    done = convert(*args)
+    assert done.code == 2
+    assert "the teacher of this run is not there; name it with --teacher" in done.err
+    assert convert(*args, f"--teacher={moved}").code == 0
+    raw = load_stable_diffusion(tmp_path / "raw", parts=("unet",), place=np.asarray)
+    assert bits(raw.params["unet"]) == bits(trees["student"])
+
+
+def _truncate(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def _tensors(edit: Edit, part: str = "unet") -> Callable[[Path], Any]:
+    return lambda model: edit_weights(model, part, edit)
+
+
+def _nan(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    tensors["mid_block.resnets.0.conv1.bias"][5] = np.nan
+    return tensors
+
+
+BAD_INPUT: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no index": (
+        lambda m: (m / "model_index.json").unlink(),
+        "model: not a Stable Diffusion folder: no model_index.json",
+    ),
+    "no weights": (lambda m: (m / UNET).unlink(), f"{UNET}: no such file"),
+    "no config": (lambda m: (m / "vae/config.json").unlink(), "vae/config.json: no such file"),
+    "no tokenizer": (lambda m: (m / "tokenizer/merges.txt").unlink(), "merges.txt: no such file"),
+    "no scheduler": (
+        lambda m: (m / "scheduler/scheduler_config.json").unlink(),
+        "scheduler/scheduler_config.json: no such file",
+    ),
+    "only a pickle": (
+        lambda m: (m / UNET).rename((m / UNET).with_suffix(".bin")),
+        "pickle files can run any code when opened and are never read here",
+    ),
+    "truncated weights": (lambda m: _truncate(m / UNET, 5_000_000), f"{UNET}: truncated"),
+    "truncated header": (lambda m: _truncate(m / UNET, 100), "header length does not fit"),
+    "empty weights": (lambda m: _truncate(m / UNET, 0), "shorter than its 8-byte length"),
+    "truncated config": (lambda m: _truncate(m / "unet/config.json", 99), "config.json: not JSON"),
+    "missing key": (
+        _tensors(lambda t: {k: v for k, v in t.items() if k != "conv_in.bias"}),
+        f"{UNET}: keys do not fit the unet: 1 missing (conv_in.bias)",
+    ),
+    "misshapen key": (
+        _tensors(lambda t: t | {"conv_in.bias": np.ones(31, np.float32)}),
+        "1 misshapen (conv_in.bias (expected [32], found [31]))",
+    ),
+    "unexpected key": (
+        _tensors(lambda t: t | {"add_embedding.bias": np.ones(3, np.float32)}),
+        "1 unexpected (add_embedding.bias)",
+    ),
+    "faults in another part": (
+        _tensors(lambda t: {k: v for k, v in t.items() if "q_proj" not in k}, "text_encoder"),
+        "6 missing (text_model.encoder.layers.0.self_attn.q_proj.bias, ",
+    ),
+    "NaN": (
+        _tensors(_nan),
+        f"{UNET} [mid_block.resnets.0.conv1.bias]: 1 of 64 values are not finite, the first at [5]",
+    ),
+    "weights of integers": (
+        _tensors(lambda t: {k: v.astype(np.int32) for k, v in t.items()}),
+        "dtype is not supported",
+    ),
+    "another model": (
+        lambda m: edit_json(m / "model_index.json", _class_name="StableDiffusionXLPipeline"),
+        "another kind of model",
+    ),
+    "another network": (
+        lambda m: edit_json(m / "unet/config.json", time_cond_proj_dim=256),
+        "unet/config.json [time_cond_proj_dim]: value is not supported, expected null, found 256",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_INPUT)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    fault: str, convert: Callable[..., Done], model: Path, tmp_path: Path
+) -> None:
+    spoil, message = BAD_INPUT[fault]
+    spoil(model)
+    before = _files(tmp_path)
+    done = convert(f"--input={model}", f"--output={tmp_path / 'deep/out'}")
+    assert done.code == 2, done
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
+    assert message in done.err
+    assert str(model) in done.err
+    assert done.out == ""
+    assert _files(tmp_path) == before
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--output={out}"], "[--input]: is required; see --help"),
+        (["--input={model}"], "[--output]: is required; see --help"),
+        (["--input={model}", "--output={out}", "--to=onnx"], "[--to]: value should be one of"),
+        (
+            ["--input={model}", "--output={out}", "--dtype=int8"],
+            "[--dtype]: value should be one of",
+        ),
+        (
+            ["--input={model}", "--output={out}", "--dtyp=float16"],
+            "Unknown command line flag 'dtyp'",
+        ),
+        (["--input={model}", "--output={out}", "more"], "[flags]: not a flag"),
+        (["--input={model}/nowhere", "--output={out}"], "no such folder"),
+        (["--input={model}/model_index.json", "--output={out}"], "a single file"),
+        (["--input={model}/unet", "--output={out}"], "no model_index.json"),
+        (["--input={model}", "--output={model}"], "output is the input"),
+        (["--input={model}", "--output={model}/../model"], "output is the input"),
+        (["--input={model}", "--output={model}/out"], "lie within each other"),
+        (["--input={model}", "--output={used}"], "used: output folder is in use"),
+        (["--input={model}", "--output={used}/file"], "file: is a file"),
+        (["--input={used}", "--output={out}"], "used [config]: not a run"),
+    ],
+)
+def test_wrong_flags_and_folders(
+    args: list[str], message: str, convert: Callable[..., Done], model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/file").write_text("mine")
+    if "not a run" in message:
+        (tmp_path / "used/run.json").write_text(json.dumps({"config": 3}))
+        message = "used/run.json [config]: does not describe a run"
+    before = _files(tmp_path)
+    names = {"model": str(model), "out": str(tmp_path / "out"), "used": str(tmp_path / "used")}
+    done = convert(*(arg.format(**names) for arg in args))
+    assert done.code == 2, done
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
+    assert message in done.err
+    assert _files(tmp_path) == before
+    assert not (tmp_path / "out").exists()
