@@ -5,7 +5,7 @@ A teacher and prompts have to be named:
     python -m tiue_jax.main --config=configs/default.py --workdir=runs/mine \
         --config.teacher=FOLDER --config.data.source=prompts.txt
 
-Any value can be overridden this way. Keys that are not here, and values of another type, are refused.
+Any value can be overridden so. Keys that are not here, and values of another type, are refused.
 """
 
 from ml_collections import ConfigDict
@@ -13,18 +13,14 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.seed = 0  # of the LoRA's start, every random draw of the training, and validation noise
+    config.seed = 0  # of the LoRA's start, of every draw of the training, of validation noise
     config.teacher = ""  # folder of a Stable Diffusion in diffusers' layout
 
     config.data = ConfigDict()
-    config.data.source = (
-        ""  # .txt, .jsonl, .json (COCO captions) or tfds:NAME[:split][:field]
-    )
-    config.data.field = (
-        ""  # where the text is in a JSON object ("Task2.Caption"); "": the usual name
-    )
+    config.data.source = ""  # .txt, .jsonl, .json (COCO's captions), tfds:NAME[:split][:field]
+    config.data.field = ""  # of a JSON object ("Task2.Caption") or data set; "": the usual one
     config.data.deduplicate = True  # keep the first of equal prompts
-    config.data.shuffle_seed = 2023  # order of the prompts; another one for every epoch follows
+    config.data.shuffle_seed = 2023  # order of the prompts, another one in every epoch
 
     config.student = ConfigDict()
     config.student.num_steps = 4  # K, decoder timesteps that run in parallel
@@ -53,8 +49,8 @@ def get_config() -> ConfigDict:
     config.train.clip_grad_norm = 1.0  # global norm, student and LoRA each
     config.train.null_prompt_prob = 0.1  # how often the LoRA's loss sees the empty prompt
     config.train.ema_max_decay = 0.9999  # decay is min(this, (1 + n) / (10 + n)) after n updates
-    config.train.compute_dtype = "bfloat16"  # bfloat16 or float32; weights and losses are float32
-    config.train.remat = True  # recompute activations in the backward pass: less memory, more time
+    config.train.compute_dtype = "bfloat16"  # or float32; weights and losses are always float32
+    config.train.remat = True  # recompute activations going back: less memory, more time
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices that split the batch; -1: all that are left
@@ -71,6 +67,6 @@ def get_config() -> ConfigDict:
     )
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every = 1000  # iterations; the last iteration is always saved
+    config.checkpoint.every = 1000  # iterations; the last one is always saved
     config.checkpoint.keep = 3  # how many of the latest are kept
     return config.lock()

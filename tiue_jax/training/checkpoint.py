@@ -2,8 +2,9 @@
 
 `WORKDIR/checkpoints/STEP/` holds `state` (step, student, EMA, LoRA, both optimisers), `data`
 (grain's iterator) and `meta` (JSON: what run this is, a digest of every array). Saving is
-asynchronous; a checkpoint counts from the moment Orbax commits it, so a kill in the middle leaves the one before.
-Orbax stores no checksum of array data (a flipped bit would restore silently): ours is checked.
+asynchronous; a checkpoint counts from the moment Orbax commits it, so a kill in the middle leaves
+the one before. Orbax stores no checksum of array data (a flipped bit would restore silently): ours
+is checked.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from jaxtyping import Array, Bool, PyTree, UInt32
 from orbax.checkpoint import checkpoint_managers
 
@@ -113,7 +115,7 @@ class Checkpoints:
             except InputError:
                 raise
             except Exception as error:  # Orbax, tensorstore and json raise of every kind
-                logging.warning("checkpoint %d cannot be used: %s", step, error)
+                logging.warning("checkpoint %d cannot be used: %s", step, _brief(error))
                 damage[step] = error
                 continue
             self._put_aside(sorted(damage))
@@ -121,7 +123,7 @@ class Checkpoints:
         if damage:
             newest = max(damage)
             raise InputError(
-                f"no checkpoint can be read ({len(damage)} tried); newest: {damage[newest]}",
+                f"none of {len(damage)} checkpoints can be read: {_brief(damage[newest])}",
                 file=self._folder / str(newest),
             )
         return None
@@ -133,7 +135,8 @@ class Checkpoints:
         batches: grain.DatasetIterator,
         check: Callable[[Meta], None],
     ) -> Restored:
-        meta = _read_meta(self._manager, step)
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        meta = self._manager.restore(step, args=args)["meta"]
         check(meta)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         state = self._manager.restore(step, args=args)["state"]
@@ -182,37 +185,33 @@ def restore_params(workdir: str | Path, which: str = "ema") -> PyTree[np.ndarray
     folder = Path(workdir).resolve() / FOLDER
     if not folder.is_dir():
         raise InputError("holds no checkpoints", file=workdir, expected="a workdir of main")
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
     damage: Exception | None = None
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        for step in sorted(manager.all_steps(), reverse=True):
-            try:
-                return _restore_part(manager, step, folder / str(step) / "state", which)
-            except Exception as error:  # Orbax, tensorstore and json raise of every kind
-                logging.warning("checkpoint %d cannot be used: %s", step, error)
-                damage = damage or error
-    raise InputError(
-        f"no checkpoint can be read: {damage}" if damage else "holds no finished checkpoint",
-        file=folder,
-    )
+    for step in sorted(ocp.utils.checkpoint_steps(folder), reverse=True):
+        try:
+            return _restore_part(epath.Path(folder / str(step)), which)
+        except Exception as error:  # Orbax, tensorstore and json raise of every kind
+            logging.warning("checkpoint %d cannot be used: %s", step, _brief(error))
+            damage = damage or error
+    if damage:
+        raise InputError(f"no checkpoint can be read: {_brief(damage)}", file=folder)
+    raise InputError("holds no finished checkpoint", file=folder)
 
 
-def _restore_part(
-    manager: ocp.CheckpointManager, step: int, folder: Path, which: str
-) -> PyTree[np.ndarray]:
-    meta = _read_meta(manager, step)
-    with ocp.PyTreeCheckpointer() as reader:
-        tree = reader.metadata(folder).item_metadata.tree[which]
-        wanted = {which: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)}
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
-        found = reader.restore(folder, args=args)
-    _verify(found, {k: v for k, v in meta["digests"].items() if k.split("/")[0] == which})
+def _restore_part(folder: epath.Path, which: str) -> PyTree[np.ndarray]:
+    digests = ocp.JsonCheckpointHandler().restore(folder / "meta")["digests"]
+    reader = ocp.PyTreeCheckpointHandler()
+    tree = reader.metadata(folder / "state").tree[which]
+    wanted = {which: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+    found = reader.restore(folder / "state", args=args)
+    _verify(found, {k: v for k, v in digests.items() if k.split("/")[0] == which})
     return found[which]
 
 
-def _read_meta(manager: ocp.CheckpointManager, step: int) -> Meta:
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+def _brief(error: Exception) -> str:
+    """The first line of an error, without the page of settings that tensorstore appends."""
+    return (str(error).split("\n")[0].split(" [tensorstore_spec=")[0] or type(error).__name__)[:300]
 
 
 def _verify(state: Any, digests: Mapping[str, int]) -> None:
