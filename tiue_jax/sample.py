@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _sample(pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int]) -> Images:
     """One pass, or DDIM with --teacher; settings that make no image become InputErrors."""
-    pipeline = replace(pipeline, progress=lambda batches, n: tqdm(batches, "batches", n))
+    pipeline = replace(pipeline, progress=lambda batches, n: iter(tqdm(batches, "batches", n)))
     try:
         if FLAGS.teacher:
             return pipeline.sample_teacher(

@@ -24,7 +24,7 @@ from examples.tiny_sd.measure import evaluation_set, format_table, measure
 from tiue_jax.io.errors import InputError, RunError, run_command
 from tiue_jax.io.files import write_atomic
 from tiue_jax.io.images import encode_png
-from tiue_jax.pretrained.pipeline import load_pipeline
+from tiue_jax.pretrained.pipeline import Pipeline, load_pipeline
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +65,10 @@ def compare(
         teacher = name.startswith("teacher")
 
         def sample(
-            prompts: Sequence[str], seeds: Sequence[int], pipeline=pipeline, teacher=teacher
+            prompts: Sequence[str],
+            seeds: Sequence[int],
+            pipeline: Pipeline = pipeline,
+            teacher: bool = teacher,
         ) -> np.ndarray:
             if teacher:
                 return pipeline.sample_teacher(prompts, seeds, guidance_scale=TEACHER_GUIDANCE)
@@ -88,7 +91,8 @@ def draw_comparison(images: Mapping[str, np.ndarray], prompts: Sequence[str]) ->
             large = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
             canvas.paste(large, (left, head + row * (side + gap)))
     for row, prompt in enumerate(prompts):
-        lines, line = [], ""
+        lines: list[str] = []
+        line = ""
         for word in prompt.split():
             if draw.textlength(f"{line} {word}") > text_width - 20:
                 lines, line = [*lines, line], word

@@ -1,4 +1,4 @@
-"""CLIP's causal transformer: the text encoder of Stable Diffusion (1.x: OpenAI's, 2.x: OpenCLIP's)."""
+"""CLIP's causal transformer, the text encoder of Stable Diffusion (1.x OpenAI's, 2.x OpenCLIP's)."""
 
 from collections.abc import Callable
 
@@ -63,7 +63,7 @@ class CLIPLayer(nn.Module):
     eps: float
     dtype: DTypeLike = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         self.layer_norm1, self.layer_norm2 = (layer_norm(self.dtype, self.eps) for _ in range(2))
         self.self_attn = SelfAttention(self.num_heads, self.dtype)
         self.mlp = MLP(self.intermediate_size, self.activation, self.dtype)
@@ -81,7 +81,7 @@ class Embeddings(nn.Module):
     max_length: int
     dtype: DTypeLike = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         self.token_embedding = nn.Embed(self.vocab_size, self.hidden_size, dtype=self.dtype)
         self.position_embedding = nn.Embed(self.max_length, self.hidden_size, dtype=self.dtype)
 
@@ -100,7 +100,7 @@ class LayerStack(nn.Module):
     eps: float
     dtype: DTypeLike = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         shape = (self.num_heads, self.intermediate_size, self.activation, self.eps, self.dtype)
         self.layers = [CLIPLayer(*shape) for _ in range(self.num_layers)]
 
@@ -142,7 +142,7 @@ class CLIPTextEncoder(nn.Module):
     eps: float = 1e-5
     dtype: DTypeLike = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r}: choose from {sorted(ACTIVATIONS)}")
         self.text_model = TextTransformer(

@@ -154,7 +154,7 @@ class TimestepEmbedding(nn.Module):
     features: int
     dtype: DTypeLike = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         self.linear_1 = nn.Dense(self.features, dtype=self.dtype)
         self.linear_2 = nn.Dense(self.features, dtype=self.dtype)
 
@@ -261,13 +261,13 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward: LayerNorm before, residual after."""
+    """Self-attention, cross-attention to the text, feed-forward: pre-norm, residual."""
 
     num_heads: int
     upcast: bool = False
     dtype: DTypeLike = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         self.norm1, self.norm2, self.norm3 = (layer_norm(self.dtype) for _ in range(3))
         self.attn1 = Attention(self.num_heads, upcast=self.upcast, dtype=self.dtype)
         self.attn2 = Attention(self.num_heads, upcast=self.upcast, dtype=self.dtype)

@@ -67,7 +67,7 @@ class DownBlock(nn.Module):
     downsample: bool
     options: BlockOptions
 
-    def setup(self):
+    def setup(self) -> None:
         o, layers = self.options, range(self.num_layers)
         self.resnets = [o.resnet(self.features) for _ in layers]
         self.attentions = [o.attention(self.num_heads) for _ in layers] if self.num_heads else []
@@ -95,7 +95,7 @@ class MidBlock(nn.Module):
     num_heads: int
     options: BlockOptions
 
-    def setup(self):
+    def setup(self) -> None:
         self.resnets = [self.options.resnet(self.features) for _ in range(2)]
         self.attentions = [self.options.attention(self.num_heads)]
 
@@ -115,7 +115,7 @@ class UpBlock(nn.Module):
     upsample: bool
     options: BlockOptions
 
-    def setup(self):
+    def setup(self) -> None:
         o, layers = self.options, range(self.num_layers)
         self.resnets = [o.resnet(self.features) for _ in layers]
         self.attentions = [o.attention(self.num_heads) for _ in layers] if self.num_heads else []
@@ -168,7 +168,7 @@ class UNet(nn.Module):
     remat: bool = False
     dtype: DTypeLike = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         channels, last = self.block_out_channels, len(self.block_out_channels) - 1
         options = BlockOptions(
             self.linear_projection,

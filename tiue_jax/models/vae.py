@@ -28,7 +28,7 @@ class Level(nn.Module):
     resample: str | None
     dtype: DTypeLike = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         self.resnets = [
             ResnetBlock(self.features, self.groups, EPS, self.dtype) for _ in range(self.num_layers)
         ]
@@ -52,7 +52,7 @@ class VAEMidBlock(nn.Module):
     groups: int
     dtype: DTypeLike = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         self.resnets = [ResnetBlock(self.features, self.groups, EPS, self.dtype) for _ in range(2)]
         self.attentions = [Attention(1, qkv_bias=True, groups=self.groups, dtype=self.dtype)]
 
@@ -71,7 +71,7 @@ class Encoder(nn.Module):
     groups: int
     dtype: DTypeLike = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         channels, last = self.block_out_channels, len(self.block_out_channels) - 1
         self.conv_in = Conv(channels[0], dtype=self.dtype)
         self.down_blocks = [
@@ -100,7 +100,7 @@ class Decoder(nn.Module):
     groups: int
     dtype: DTypeLike = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         channels, last = self.block_out_channels[::-1], len(self.block_out_channels) - 1
         self.conv_in = Conv(channels[0], dtype=self.dtype)
         self.mid_block = VAEMidBlock(channels[0], self.groups, self.dtype)
@@ -135,7 +135,7 @@ class AutoencoderKL(nn.Module):
     scaling_factor: float = 0.18215
     dtype: DTypeLike = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         shape = (self.block_out_channels, self.layers_per_block, self.norm_groups, self.dtype)
         self.encoder = Encoder(self.latent_channels, *shape)
         self.decoder = Decoder(self.in_channels, *shape)
