@@ -73,7 +73,8 @@ def fit(
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
         return FitState(params, ema, opt_state, state.step + 1), metrics
 
-    start, sums, began = int(state.step), {}, time.monotonic()
+    start, began = int(state.step), time.monotonic()
+    sums: dict[str, Any] = {}
     bar = tqdm(range(start, iterations), desc=name, initial=start, total=iterations, mininterval=10)
     for i in bar:
         state, metrics = update(state, batch_of(np.random.default_rng((seed, i))))

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from examples.tiny_sd.fit import fit
 from tiue_jax.models.vae import AutoencoderKL
 
-ITERATIONS, BATCH_SIZE, LEARNING_RATE = 3500, 16, 1e-3
-KL_WEIGHT = 5e-4  # per latent entry, against the mean absolute error of a pixel
+ITERATIONS, BATCH_SIZE, LEARNING_RATE = 4000, 16, 2e-3
+KL_WEIGHT = 1e-3  # per latent entry, against the mean absolute error of a pixel
 
 
 def to_pixels(images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b h w 3"]:

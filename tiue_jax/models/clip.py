@@ -1,4 +1,4 @@
-"""CLIP's causal transformer, the text encoder of Stable Diffusion (1.x OpenAI's, 2.x OpenCLIP's)."""
+"""CLIP's causal transformer: Stable Diffusion's text encoder (1.x OpenAI's, 2.x OpenCLIP's)."""
 
 from collections.abc import Callable
 

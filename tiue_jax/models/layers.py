@@ -79,30 +79,26 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
 
-        def normalise(x, mean, var, channel):
-            y = group_normalise(x, mean, var, size, self.eps)
-            y = y * scale[channel].reshape(1, 1, 1, -1) + bias[channel].reshape(1, 1, 1, -1)
+        def normalise(x: Array, moments: tuple[Array, Array], channels: slice) -> Array:
+            y = group_normalise(x, *moments, size, self.eps)
+            y = y * scale[channels].reshape(1, 1, 1, -1) + bias[channels].reshape(1, 1, 1, -1)
             return y.astype(self.dtype)
 
         if skip is None:
-            return normalise(x, *channel_moments(x), slice(0, channels))
+            return normalise(x, channel_moments(x), slice(channels))
         head = -(-x.shape[-1] // size) * size  # the first channel of the first group wholly in skip
         taken = head - x.shape[-1]  # channels of skip in the group that straddles the boundary
-        skip_moments = channel_moments(skip)
-        first = normalise(
-            jnp.concatenate([x.astype(skip.dtype), skip[..., :taken]], axis=-1),
-            *(
-                jnp.concatenate([m, s[:, :taken]], axis=-1)
-                for m, s in zip(channel_moments(x), skip_moments, strict=True)
-            ),
-            slice(0, head),
+        (mean, var), (skip_mean, skip_var) = channel_moments(x), channel_moments(skip)
+        touching = jnp.concatenate([x.astype(skip.dtype), skip[..., :taken]], axis=-1)
+        touching_moments = (
+            jnp.concatenate([mean, skip_mean[:, :taken]], axis=-1),
+            jnp.concatenate([var, skip_var[:, :taken]], axis=-1),
         )
+        first = normalise(touching, touching_moments, slice(head))
         if head == channels:
             return (first,)
-        rest = normalise(
-            skip[..., taken:], *(s[:, taken:] for s in skip_moments), slice(head, channels)
-        )
-        return first, rest
+        rest_moments = (skip_mean[:, taken:], skip_var[:, taken:])
+        return first, normalise(skip[..., taken:], rest_moments, slice(head, channels))
 
 
 def channel_moments(

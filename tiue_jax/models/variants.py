@@ -25,13 +25,17 @@ _TINY_TEXT = CLIPTextEncoder(
     vocab_size=773, hidden_size=128, intermediate_size=512, num_layers=2, num_heads=4
 )
 _TINY_UNET = UNet(
+    in_channels=8,
+    out_channels=8,
     block_out_channels=(80, 128, 96, 96),
     layers_per_block=1,
     num_heads=(4, 4, 4, 4),
     context_dim=128,
     norm_groups=16,
 )
-_TINY_VAE = AutoencoderKL(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_groups=8)
+_TINY_VAE = AutoencoderKL(
+    latent_channels=8, block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_groups=8
+)
 
 VARIANTS: dict[str, Variant] = {
     "sd15": Variant(UNet(), AutoencoderKL(), CLIPTextEncoder(), 64),
