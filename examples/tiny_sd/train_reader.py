@@ -144,15 +144,16 @@ def make_train_step(model: SceneReader, optimizer: optax.GradientTransformation)
     return step
 
 
-def train(iterations: int, batch_size: int, learning_rate: float, seed: int) -> Reader:
+def train(
+    model: SceneReader, iterations: int, batch_size: int, learning_rate: float, seed: int
+) -> Reader:
     """Train a reader from nothing on scenes drawn as it goes."""
-    model = SceneReader()
     key_init, key_distort = jax.random.split(jax.random.key(seed))
-    params = model.init(key_init, jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3)))["params"]
+    params = jax.jit(model.init)(key_init, jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3)))["params"]
     warmup = max(1, iterations // 20)
     rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, iterations)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=1e-4))
-    step, opt_state = make_train_step(model, optimizer), optimizer.init(params)
+    step, opt_state = make_train_step(model, optimizer), jax.jit(optimizer.init)(params)
     rng = np.random.default_rng(seed)
     start = time.monotonic()
     for i in range(iterations):
@@ -185,7 +186,9 @@ def main(argv: Sequence[str]) -> None:
     """Train, measure on held-out scenes, and write the folder if it is good enough."""
     del argv
     with new_folder(FLAGS.out) as folder:
-        reader = train(FLAGS.iterations, FLAGS.batch_size, FLAGS.learning_rate, FLAGS.seed)
+        reader = train(
+            SceneReader(), FLAGS.iterations, FLAGS.batch_size, FLAGS.learning_rate, FLAGS.seed
+        )
         report = held_out_report(reader)
         for name, row in report.items():
             print(f"{name}: " + "  ".join(f"{k} {100 * v:.2f} %" for k, v in row.items()))

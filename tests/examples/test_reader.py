@@ -110,12 +110,12 @@ def test_accuracy_by_hand():
 def test_training_runs_and_its_files_round_trip(tmp_path, monkeypatch):
     """A few steps, and a saved reader reads as the one in memory (fp16)."""
     monkeypatch.setattr(train_reader, "CALIBRATION_SIZE", 50)
-    trained = train_reader.train(3, 8, 1e-3, seed=0)
+    trained = train_reader.train(SceneReader((8, 8, 8), 16), 3, 8, 1e-3, seed=0)
     save_reader(tmp_path, trained, {})
     images = render(sample_scenes(np.random.default_rng(2), 5))
     loaded = Reader.load(tmp_path)
-    # fp16 weights: relative 5e-4 of features of order 1; worst seen 1e-3
-    np.testing.assert_allclose(loaded(images).features, trained(images).features, atol=1e-2)
+    # fp16 weights: 5e-4 relative, of features up to 6, through six layers; worst seen 1e-2
+    np.testing.assert_allclose(loaded(images).features, trained(images).features, atol=3e-2)
 
 
 def test_missing_and_foreign_files(tmp_path):
