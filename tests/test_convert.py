@@ -1,4 +1,4 @@
-"""`python -m tiue_jax.convert`, as it is run: exit code, the line on stderr, what is on the disk."""
+"""`python -m tiue_jax.convert`, as it is run: exit code, line on stderr, what is on the disk."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.pretrained import configs, scheduler
 from tiue_jax.pretrained.jsonfile import Fields, dump_object, read_object
 from tiue_jax.pretrained.names import DIFFUSERS, FLAX, FORMS, Form
-from tiue_jax.pretrained.parameters import ParamFile, Params, write_params
+from tiue_jax.pretrained.parameters import ParamFile, Params, to_device, write_params
 from tiue_jax.pretrained.tokenizer import Tokenizer
 from tiue_jax.pretrained.weights import FLOAT_NAMES
 
@@ -90,7 +90,7 @@ def load_stable_diffusion(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = jnp.float32,
     parts: Sequence[str] = PARTS,
-    place: Callable[[np.ndarray], Any] = jnp.array,
+    place: Callable[[np.ndarray], Any] = to_device,
 ) -> StableDiffusion:
     """Load a Stable Diffusion folder, in the diffusers layout or in ours with Flax parameters.
 

@@ -116,6 +116,11 @@ def write_params(
     return names.pop() if len(names) == 1 else "float32"
 
 
+def to_device(array: np.ndarray) -> jax.Array:
+    """Return `array` on the default device, by now: no copies pile up on the host behind it."""
+    return jax.device_put(np.ascontiguousarray(array)).block_until_ready()
+
+
 @functools.cache
 def param_shapes(module: nn.Module) -> dict[ParamPath, Shape]:
     """Return path -> shape of every parameter of one of our networks; nothing is computed."""

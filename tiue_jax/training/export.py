@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tiue_jax.diffusion.schedule import TIMESTEP_SPACINGS
@@ -16,6 +15,7 @@ from tiue_jax.io.errors import InputError
 from tiue_jax.io.files import StrPath
 from tiue_jax.pretrained.folder import StableDiffusion, StudentOptions, load_stable_diffusion
 from tiue_jax.pretrained.jsonfile import Fields, read_object
+from tiue_jax.pretrained.parameters import to_device
 from tiue_jax.training.checkpoint import restore_params
 from tiue_jax.training.workdir import RUN_FILE
 
@@ -30,7 +30,7 @@ def load_trained_student(
     which: str = "ema",
     teacher: StrPath | None = None,
     *,
-    place: Callable[[np.ndarray], Any] = jnp.array,
+    place: Callable[[np.ndarray], Any] = to_device,
 ) -> StableDiffusion:
     """Return the student of the newest checkpoint in `workdir`; but for the UNet it is its teacher.
 
