@@ -14,7 +14,7 @@ from configs import default
 def get_config() -> ConfigDict:
     config = default.get_config()
     config.teacher = "assets/tiny-sd"
-    config.data.source = "assets/tiny-sd/prompts.txt"
+    config.data.source = "assets/tiny-scenes/prompts.txt"
 
     config.lora.rank = 16
     config.lora.alpha = 16.0
