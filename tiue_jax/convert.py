@@ -58,10 +58,7 @@ def main(argv: Sequence[str]) -> None:
     """Read --input, check it, write --output."""
     if len(argv) > 1:
         raise InputError("not a flag", key="flags", expected="--input=...", found=argv[1])
-    for flag in (_INPUT, _OUTPUT):
-        if not flag.value:
-            raise InputError("is required; see --help", key=f"--{flag.name}")
-    source, target = Path(_INPUT.value), Path(_OUTPUT.value)
+    source, target = _required(_INPUT), _required(_OUTPUT)
     require_apart(source, target)
     if is_workdir(source):
         sd = load_trained_student(source, _WHICH.value, _TEACHER.value, place=np.asarray)
@@ -73,6 +70,12 @@ def main(argv: Sequence[str]) -> None:
     dtype = None if _DTYPE.value == "same" else _DTYPE.value
     save_stable_diffusion(sd, target, dtype=dtype, form=form)
     print(f"{source} ({found}) -> {target} ({form.name}, {_DTYPE.value} dtype)")
+
+
+def _required(flag: flags.FlagHolder[str | None]) -> Path:
+    if not flag.value:
+        raise InputError("is required; see --help", key=f"--{flag.name}")
+    return Path(flag.value)
 
 
 if __name__ == "__main__":
