@@ -8,7 +8,7 @@ import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tests.parity.cases import assert_parity, compiled, golden
-from tests.parity.comparison import from_torch, relative_error, to_torch
+from tests.parity.comparison import from_torch, normal, relative_error, to_torch
 from tests.parity.model_cases import MODEL_CASES
 from tiue_jax.models.lora import init_lora, merge_lora
 from tiue_jax.pretrained.names import torch_name
@@ -35,21 +35,17 @@ def test_merged_lora_is_torch_lora(targets: tuple[str, ...]):
     """Worst seen: 1.3e-6 (a + b of the merge rounds once more than two products do)."""
     case = MODEL_CASES["unet_sd2"]
     expected = golden(case)
-    key_init, key_b = jax.random.split(jax.random.key(0))
-    flat = flatten_dict(init_lora(key_init, expected.params, RANK, targets))
-    keys = dict(zip(flat, jax.random.split(key_b, len(flat)), strict=True))
-    lora = unflatten_dict(
-        {
-            p: 0.3 * jax.random.normal(keys[p], x.shape) if p[-1] == "b" else x
-            for p, x in flat.items()
-        }
-    )
+    flat = flatten_dict(init_lora(jax.random.key(0), expected.params, RANK, targets))
+    for i, (path, x) in enumerate(flat.items()):
+        if path[-1] == "b":
+            flat[path] = jnp.asarray(normal(*x.shape, seed=i, std=0.1))
+    lora = unflatten_dict(flat)
     module = case.theirs()
     module.load_state_dict(expected.module.state_dict())
     _attach(module.eval(), lora)
     with torch.no_grad():
         theirs = from_torch(case.call(module, *map(to_torch, expected.inputs)))
-    assert relative_error(theirs, expected.outputs[0]) > 0.1  # the LoRA says something
+    assert relative_error(theirs, expected.outputs[0]) > 0.03  # the LoRA says something
     merged = merge_lora(expected.params, lora, ALPHA / RANK)
     ours = compiled(case)(merged, *map(jnp.asarray, expected.inputs))
     assert_parity(f"LoRA on {', '.join(targets)}", relative_error(ours, theirs))
