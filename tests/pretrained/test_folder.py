@@ -147,7 +147,7 @@ def _assert_close(ours: Any, theirs: torch.Tensor) -> None:
     if expected.ndim == 4:
         expected = expected.transpose(0, 2, 3, 1)
     error = np.abs(np.asarray(ours) - expected).max() / np.abs(expected).max()
-    assert error < 1e-5, error  # fp32 in another order of adding; worst seen 3e-6
+    assert error < 2e-5, error  # fp32, another order of adding; worst seen 7.5e-6 (VAE decoder)
 
 
 def test_an_exported_student_is_an_ordinary_diffusers_folder(

@@ -45,9 +45,9 @@ def test_defaults_are_those_of_diffusers(name: str) -> None:
     config = {"_class_name": name} | ({"clip_sample": False} if "clip_sample" in signature else {})
     schedule = schedule_from_config(Fields(config, FILE))
     torch_alphas = torch_class(**{k: v for k, v in config.items() if k != "_class_name"})
-    # rtol: their cumulative product is in float32; worst seen 4e-7 of the smallest alpha
+    # rtol: their cumulative product is in float32; worst seen 3.6e-7
     theirs = torch_alphas.alphas_cumprod.numpy()
-    np.testing.assert_allclose(schedule.alphas_cumprod, theirs, rtol=2e-5)
+    np.testing.assert_allclose(schedule.alphas_cumprod, theirs, rtol=2e-6)
 
 
 def test_v_prediction_and_trailing_spacing_are_read() -> None:

@@ -210,13 +210,15 @@ def test_converting_dtypes_rounds_to_even_and_refuses_overflow() -> None:
 
 
 def test_reading_takes_the_memory_of_one_tensor(tmp_path: Path) -> None:
-    """40 tensors of 4 MB, read one after the other: at most 4 of them in memory (the file: 160)."""
+    """40 tensors of 4 MB, read one after the other: the file never lies in memory whole."""
     tensors = {f"t{i:02}": np.ones((1000, 1000), np.float32) for i in range(40)}
     save_file(tensors, tmp_path / "w")
     script = (
-        "import resource, sys; from pathlib import Path;"
+        "import sys; from pathlib import Path;"
         "from tiue_jax.pretrained.weights import open_weights;"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024;"
+        "status = lambda: Path('/proc/self/status').read_text();"
+        "peak = lambda: int(status().split('VmHWM:')[1].split()[0]) // 1024;"
+        "Path('/proc/self/clear_refs').write_text('5');"  # the peak is counted from here
         "before = peak(); file = open_weights(Path(sys.argv[1]));"
         "sum(file.read(name).size for name in file.entries);"
         "print(peak() - before)"
@@ -228,4 +230,4 @@ def test_reading_takes_the_memory_of_one_tensor(tmp_path: Path) -> None:
         check=True,
         cwd=ROOT,
     )
-    assert int(done.stdout) <= 16  # MB; worst seen 9
+    assert int(done.stdout) <= 16  # MB; worst seen 5, and 157 with safetensors' reader
