@@ -1,0 +1,75 @@
+"""The losses: hand numbers, torch, and where gradients go."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from tiue_jax.diffusion import losses
+
+
+def normal(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def test_guidance() -> None:
+    null, cond = jnp.array([1.0, 2.0]), jnp.array([3.0, 1.0])
+    np.testing.assert_array_equal(losses.classifier_free_guidance(null, cond, 1.0), cond)
+    np.testing.assert_array_equal(losses.classifier_free_guidance(null, cond, 4.5), [10.0, -2.5])
+
+
+def test_vsd_gradient_is_weighted_and_without_nan() -> None:
+    eps_teacher = jnp.array([1.0, jnp.nan]).reshape(2, 1, 1, 1)
+    eps_lora = jnp.array([0.5, 1.0]).reshape(2, 1, 1, 1)
+    sigma = jnp.array([0.5, 1.0]).reshape(2, 1, 1, 1)
+    g = losses.vsd_gradient(eps_teacher, eps_lora, sigma)
+    np.testing.assert_array_equal(g.reshape(-1), [0.125, 0.0])
+    infinite = losses.vsd_gradient(
+        jnp.full((1, 1, 1, 1), jnp.inf), jnp.zeros((1, 1, 1, 1)), sigma[:1]
+    )
+    assert float(infinite[0, 0, 0, 0]) == np.finfo(np.float32).max
+
+
+def test_vsd_loss_has_the_given_gradient() -> None:
+    x0, g = normal((2, 4, 4, 4)), normal((2, 4, 4, 4), 1)
+    value, gradient = jax.value_and_grad(losses.vsd_loss)(x0, g)
+    assert float(value) == pytest.approx(
+        0.5 * float(jnp.mean(g**2)), rel=1e-5
+    )  # fp32: x0 - (x0 - g)
+    np.testing.assert_allclose(
+        gradient, g / g.size, atol=1e-8
+    )  # the same rounding; worst seen 1e-9
+
+
+def test_kl_is_zero_for_standardised_maps_and_sums_over_maps() -> None:
+    eps = normal((2, 3, 4, 4, 4))
+    mean = eps.mean(axis=(2, 3, 4), keepdims=True)
+    std = eps.std(axis=(2, 3, 4), ddof=1, keepdims=True)
+    standard = (eps - mean) / std
+    assert float(losses.kl_loss(standard)) == pytest.approx(0.0, abs=1e-5)  # fp32; worst seen 7e-7
+    # mean 0.5, variance 4: -0.5 (1 + log 4 - 0.25 - 4) = 0.93185..., six maps of it
+    expected = 6 * -0.5 * (1 + np.log(4.0) - 0.25 - 4.0)
+    assert float(losses.kl_loss(2.0 * standard + 0.5)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_kl_is_that_of_torch() -> None:
+    eps = 1.7 * normal((2, 3, 4, 4, 4)) + 0.2
+    maps = torch.tensor(np.asarray(eps)).reshape(6, -1)
+    mean, var = maps.mean(dim=1), maps.var(dim=1)
+    expected = (-0.5 * (1 + torch.log(var) - mean**2 - var)).sum()
+    assert float(losses.kl_loss(eps)) == pytest.approx(float(expected), rel=1e-5)  # fp32 sums
+
+
+def test_kl_of_bfloat16_maps_is_in_fp32() -> None:
+    eps = (normal((1, 1, 64, 64, 4)) * 0.99).astype(jnp.bfloat16)
+    value = losses.kl_loss(eps)
+    assert value.dtype == jnp.float32
+    assert float(value) == pytest.approx(float(losses.kl_loss(eps.astype(jnp.float32))), rel=1e-6)
+
+
+def test_lora_loss() -> None:
+    eps, noise = normal((2, 2, 2, 4)), normal((2, 2, 2, 4), 1)
+    alpha = jnp.array([0.5, 1.0]).reshape(2, 1, 1, 1)
+    expected = np.mean((np.asarray(alpha) * (np.asarray(eps) - np.asarray(noise))) ** 2)
+    assert float(losses.lora_loss(eps, noise, alpha)) == pytest.approx(expected, rel=1e-5)
