@@ -7,14 +7,15 @@ newest checkpoint. Precedence: a checkpoint in the workdir > the teacher's weigh
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from tiue_jax.io.errors import Preempted
+from tiue_jax.io.errors import Preempted, RunError
 from tiue_jax.io.files import write_atomic
 from tiue_jax.pretrained.folder import export_student
 from tiue_jax.training import sharding
@@ -73,6 +74,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             summaries.write_images(0, {"student": draw(state.ema)})
 
         # ---- Iterate: nothing waits for the device but logs, images and saves --------------------
+        stack.enter_context(_say_where_to_resume(checkpoints))
         window, clock = Window(), StepClock(start)
         for step in range(start + 1, end + 1):
             ids = next(run.batches)["input_ids"]
@@ -105,6 +107,17 @@ def train(config: ConfigDict, workdir: Path) -> None:
         say(f"done: {workdir / STUDENT_FOLDER}")
 
 
+@contextmanager
+def _say_where_to_resume(checkpoints: Checkpoints) -> Iterator[None]:
+    """Add the newest checkpoint to the message of a run that fails."""
+    try:
+        yield
+    except RunError as error:
+        latest = checkpoints.latest()
+        newest = "there is no checkpoint" if latest is None else f"newest checkpoint: step {latest}"
+        raise RunError(f"{error}; {newest}") from error
+
+
 def _announce(run: Setup, state: TrainState, start: int, end: int) -> None:
     """Say what is about to run."""
     count = parameter_overview.count_parameters
@@ -120,8 +133,10 @@ def _announce(run: Setup, state: TrainState, start: int, end: int) -> None:
 def _export(run: Setup, state: TrainState, workdir: Path, *, step: int) -> None:
     """Write the EMA student to `workdir/student`; the export of another step is moved aside."""
     folder = workdir / STUDENT_FOLDER
-    whole = jax.NamedSharding(run.mesh, sharding.REPLICATED)
-    params = jax.device_get(jax.jit(lambda tree: tree, out_shardings=whole)(state.ema))
+    params = state.ema
+    if jax.process_count() > 1:  # parts of it are on other hosts
+        everywhere = jax.NamedSharding(run.mesh, sharding.REPLICATED)
+        params = jax.jit(lambda tree: tree, out_shardings=everywhere)(params)
     if jax.process_index() != 0:
         return
     if folder.exists():
@@ -135,7 +150,7 @@ def _export(run: Setup, state: TrainState, workdir: Path, *, step: int) -> None:
         folder.rename(free)
     export_student(
         run.sd,
-        params,
+        jax.device_get(params),
         folder,
         num_steps=run.options.num_steps,
         timestep_spacing=run.options.timestep_spacing,

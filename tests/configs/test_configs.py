@@ -1,0 +1,158 @@
+"""Every config builds, holds the paper's values where it says so, and fits its model."""
+
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import default
+from tiue_jax.diffusion.schedule import make_schedule
+from tiue_jax.io.errors import InputError
+from tiue_jax.models.variants import variant
+from tiue_jax.training.config import changes, check_config, flatten, step_options
+from tiue_jax.training.state import Frozen, init_state
+from tiue_jax.training.step import make_step
+
+CONFIGS = sorted(p.stem for p in Path(default.__file__).parent.glob("*.py"))
+VARIANTS = {"sd15": "sd15", "sd21_base": "sd21_base", "tiny": "tiny"}
+
+
+def load(name: str) -> ConfigDict:
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+@pytest.mark.parametrize("name", [c for c in CONFIGS if c != "default"])
+def test_every_config_is_complete_locked_and_headed_by_its_command(name: str):
+    config = load(name)
+    check_config(config)
+    assert config.is_locked
+    header = importlib.import_module(f"configs.{name}").__doc__
+    assert header is not None
+    assert f"python -m tiue_jax.main --config=configs/{name}.py" in header
+    assert "\nCost: " in header
+    assert "\nExpect: " in header
+
+
+def test_default_wants_a_teacher_and_prompts():
+    config = default.get_config()
+    with pytest.raises(InputError, match=r"^\[teacher\]: not usable, expected the folder of"):
+        check_config(config)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21_base"])
+def test_papers_values(name: str):
+    """DESIGN's table: arXiv 2505.21960 and its public code."""
+    config = load(name)
+    paper = {
+        "data.field": "Task2.Caption", "data.deduplicate": True,
+        "student.num_steps": 4, "student.timestep_spacing": "leading",
+        "lora.rank": 64, "lora.alpha": 108.0, "lora.targets": ["to_q", "to_v"],
+        "vsd.guidance_scale": 4.5, "vsd.t_min": 20, "vsd.t_max": 980,
+        "kl.weight": 0.1, "kl.batch": 8,
+        "train.iterations": 66_503, "train.batch_size": 64,
+        "train.student_lr": 1e-6, "train.lora_lr": 1e-3, "train.lora_warmup": 0,
+        "train.clip_grad_norm": 1.0, "train.null_prompt_prob": 0.1, "train.ema_max_decay": 0.9999,
+    }  # fmt: skip
+    values = flatten(config)
+    assert {key: values[key] for key in paper} == paper
+    assert round(3 * 1_418_723 / 64) == 66_503
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tiny", *(pytest.param(c, marks=pytest.mark.slow) for c in ("sd15", "sd21_base"))],
+)
+def test_every_config_shapes_a_step_of_its_model(name: str):
+    config, model = load(name), variant(VARIANTS[name])
+    dtype = jnp.dtype(config.train.compute_dtype)
+    unet = model.unet.clone(dtype=dtype, remat=config.train.remat)
+    text_encoder = model.text_encoder.clone(dtype=dtype)
+    options = step_options(config, model.latent_size)
+    size, width = model.latent_size, unet.context_dim
+    key = jax.random.key(0)
+    frozen = Frozen(
+        teacher=jax.eval_shape(
+            unet.init, key, jnp.zeros((1, size, size, unet.in_channels)),
+            jnp.zeros((1,), jnp.int32), jnp.zeros((1, 77, width)),
+        )["params"],
+        text_encoder=jax.eval_shape(text_encoder.init, key, jnp.zeros((1, 77), jnp.int32))["params"],
+        null_ids=jax.ShapeDtypeStruct((77,), jnp.int32),
+    )  # fmt: skip
+    state = jax.eval_shape(lambda k, p: init_state(k, p, options), key, frozen.teacher)
+    step = make_step(unet, text_encoder, make_schedule(), options)
+    ids = jax.ShapeDtypeStruct((config.train.batch_size, 77), jnp.int32)
+    new, metrics = jax.eval_shape(step, state, frozen, ids, key)
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), s) for s in (state, new)]
+    assert shapes[0] == shapes[1]
+    assert all(m.shape == () and m.dtype == np.float32 for m in jax.tree.leaves(metrics))
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((new.student, new.lora)))
+
+
+# --- check_config --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("train.batch_size", 0, "[train.batch_size]: not usable, expected 1 to inf, found 0"),
+        ("train.student_lr", float("nan"), "[train.student_lr]: not usable, expected 0 to inf"),
+        ("train.lora_lr", float("inf"), "[train.lora_lr]: not usable, expected a finite number"),
+        ("train.ema_max_decay", 1.0, "[train.ema_max_decay]: not usable, expected 0 to"),
+        ("train.null_prompt_prob", 1.5, "[train.null_prompt_prob]: not usable, expected 0 to 1"),
+        ("train.compute_dtype", "fp16", "expected one of float32, bfloat16, found 'fp16'"),
+        ("student.timestep_spacing", "even", "expected one of leading, trailing, linspace"),
+        ("seed", -1, "[seed]: not usable, expected 0 to 4294967295, found -1"),
+        ("mesh.data", 0, "[mesh.data]: not usable, expected -1 or at least 1, found 0"),
+        ("log.validation_prompts", ("a", ""), "[log.validation_prompts]: not usable"),
+        ("log.every", 0, "[log.every]: not usable, expected 1 to inf, found 0"),
+        ("checkpoint.keep", 0, "[checkpoint.keep]: not usable, expected 1 to inf, found 0"),
+        ("data.source", "", "[data.source]: not usable, expected where the prompts are"),
+    ],
+)
+def test_values_out_of_range_are_refused(key: str, value: object, said: str):
+    config = load("tiny")
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(InputError) as caught:
+        check_config(config)
+    assert said in str(caught.value)
+
+
+def test_keys_missing_and_unknown_are_refused():
+    config = load("tiny").unlock()
+    config.train.batchsize = 3
+    with pytest.raises(InputError, match=r"\[train.batchsize\]: unknown config key"):
+        check_config(config)
+    del config.train.batchsize
+    del config.train.batch_size
+    with pytest.raises(InputError, match=r"\[train.batch_size\]: missing from the config"):
+        check_config(config)
+
+
+def test_options_that_contradict_each_other_are_refused():
+    config = load("tiny")
+    config.vsd.t_min, config.vsd.t_max = 500, 400
+    with pytest.raises(InputError, match="vsd_t_min 500, vsd_t_max 400"):
+        step_options(config, 8)
+
+
+def test_changes_are_those_of_what_is_computed():
+    def described(**changed: object) -> dict:
+        config = load("tiny")
+        config.update_from_flattened_dict(changed)
+        return {"config": flatten(config), "teacher": {"unet": "a"}, "prompts": {"count": 3}}
+
+    before = described()
+    may = {"teacher": "x", "data.source": "y.txt", "train.iterations": 7, "train.remat": True,
+           "log.every": 3, "checkpoint.keep": 9, "mesh.fsdp": 2}  # fmt: skip
+    assert changes(before, described(**may)) == {}
+    held = {"seed": 1, "train.batch_size": 8, "lora.targets": ("to_q",), "kl.batch": 1,
+            "train.compute_dtype": "bfloat16", "data.shuffle_seed": 1}  # fmt: skip
+    assert set(changes(before, described(**held))) == set(held)
+    others = {**before, "teacher": {"unet": "b"}, "prompts": {"count": 4}}
+    assert changes(before, others) == {
+        "prompts: count": (3, 4), "teacher: unet": ("a", "b"),
+    }  # fmt: skip

@@ -1,0 +1,353 @@
+"""The loop with a step that compiles in no time; the real step is in test_resume.py."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from tests.training.tiny_run import PROMPTS, make_config, make_prompts, make_teacher
+from tiue_jax.io.errors import InputError, Preempted, RunError
+from tiue_jax.pretrained.folder import load_stable_diffusion
+from tiue_jax.training import loop, setup, sharding, summaries
+from tiue_jax.training.checkpoint import Checkpoints, restore_params
+from tiue_jax.training.loop import train
+from tiue_jax.training.state import update_ema
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+MAKE_MESH = sharding.make_mesh
+
+
+class ToyStep:
+    """Stands in for `make_step`: the student moves by a number of prompts, key, step and rate."""
+
+    def __init__(self, nan_at: int = -1) -> None:
+        self.nan_at = nan_at
+
+    def __call__(self, unet: Any, text_encoder: Any, schedule: Any, options: Any):
+        def step(state: Any, frozen: Any, input_ids: jax.Array, key: jax.Array):
+            noise = jax.random.normal(jax.random.fold_in(key, state.step))
+            loss = jnp.mean(input_ids.astype(jnp.float32)) * 1e-3 + noise
+            loss = jnp.where(state.step + 1 == self.nan_at, jnp.nan, loss)
+            student = jax.tree.map(lambda p: p - options.student_lr * loss, state.student)
+            ema = update_ema(state.ema, student, jnp.float32(0.5))
+            state = state.replace(step=state.step + 1, student=student, ema=ema)
+            return state, {"loss/vsd": loss, "loss/kl": loss * 0, "loss/lora": noise}
+
+        return step
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> ToyStep:
+    """Put the toy step in, without Adam's moments, on the first of the suite's devices."""
+    return put_in_toy(monkeypatch)
+
+
+def put_in_toy(monkeypatch: pytest.MonkeyPatch) -> ToyStep:
+    step, start = ToyStep(), setup.init_state
+
+    def start_without_adam(*args: Any) -> Any:
+        return start(*args).replace(student_opt=(), lora_opt=())
+
+    monkeypatch.setattr(setup, "make_step", step)
+    monkeypatch.setattr(setup, "init_state", start_without_adam)
+    use_devices(monkeypatch, 1)
+    return step
+
+
+def use_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    some = jax.devices()[:count]
+    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: MAKE_MESH(data, fsdp, some))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher, prompts, and a finished run of four steps."""
+    folder = tmp_path_factory.mktemp("done")
+    make_teacher(folder / "teacher")
+    make_prompts(folder / "prompts.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        put_in_toy(patch)
+        train(configure(folder), folder / "run")
+    return folder
+
+
+def configure(folder: Path) -> ConfigDict:
+    config = make_config(folder / "teacher", folder / "prompts.txt")
+    config.train.iterations = 4
+    config.checkpoint.every = 2
+    config.log.summary_every = 0
+    return config
+
+
+@pytest.fixture
+def config(done: Path, toy: ToyStep) -> ConfigDict:
+    return configure(done)
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> Path:
+    """Of a new run."""
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def finished(done: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(done / "run", tmp_path / "finished"))
+
+
+def logged(workdir: Path) -> list[dict[str, float]]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "time/" not in k} for line in lines]
+
+
+def assert_same(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def steps_of(workdir: Path) -> list[int]:
+    folder = workdir / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+def test_a_run_leaves_metrics_checkpoints_and_a_student(config, done: Path):
+    workdir = done / "run"
+    assert [line["step"] for line in logged(workdir)] == [1, 2, 3, 4]
+    assert logged(workdir)[-1]["epoch"] == pytest.approx(4 * 4 / len(PROMPTS))
+    assert steps_of(workdir) == [2, 4]
+    run = json.loads((workdir / "run.json").read_text())
+    assert run["config"]["train.batch_size"] == 4
+    assert run["prompts"]["count"] == len(PROMPTS)
+    student = load_stable_diffusion(workdir / "student")
+    assert student.student is not None
+    assert student.student.num_steps == config.student.num_steps
+    assert_same(student.params["unet"], restore_params(workdir, "ema"))
+    assert json.loads((workdir / "student" / "training.json").read_text())["step"] == 4
+
+
+def test_the_same_command_again_does_nothing(config, finished: Path, capfd):
+    before = {p: p.stat().st_mtime_ns for p in (finished / "student").rglob("*")}
+    metrics = (finished / "metrics.jsonl").read_bytes()
+    train(config, finished)
+    assert {p: p.stat().st_mtime_ns for p in (finished / "student").rglob("*")} == before
+    assert (finished / "metrics.jsonl").read_bytes() == metrics
+    assert "step 4: nothing is left to do" in capfd.readouterr().err
+
+
+def test_a_longer_run_goes_on_and_keeps_the_earlier_student(config, finished: Path, workdir: Path):
+    first = restore_params(finished)
+    config.train.iterations = 6
+    train(config, finished)
+    assert_same(load_stable_diffusion(finished / "student_00000004").params["unet"], first)
+    assert [line["step"] for line in logged(finished)] == [1, 2, 3, 4, 5, 6]
+    train(config, workdir)  # at once
+    assert logged(workdir) == logged(finished)
+    assert_same(restore_params(workdir), restore_params(finished))
+
+
+def test_no_iterations_export_the_teacher(config, workdir: Path):
+    config.train.iterations = 0
+    train(config, workdir)
+    assert_same(
+        load_stable_diffusion(workdir / "student").params["unet"],
+        load_stable_diffusion(config.teacher).params["unet"],
+    )
+
+
+# --- numbers that are not finite ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("log_every", [1, 50])
+def test_nan_names_step_and_metric_and_is_not_saved(
+    config, finished: Path, toy, log_every: int, monkeypatch
+):
+    toy.nan_at = 7
+    config.log.every = log_every
+    config.train.iterations = 60
+    closed: list[bool] = []
+    close = Checkpoints.close
+    monkeypatch.setattr(Checkpoints, "close", lambda self: (close(self), closed.append(True))[0])
+    with pytest.raises(RunError, match=r"^step 7: loss/kl is nan; newest checkpoint: step 6$"):
+        train(config, finished)
+    assert closed == [True]  # waits for the save of step 6
+    assert steps_of(finished) == [4, 6]
+    assert not (finished / "student_00000004").exists()
+    assert all(np.isfinite(list(line.values())).all() for line in logged(finished))
+    if log_every == 1:
+        toy.nan_at = -1  # the cause is gone: the same command goes on
+        config.train.iterations = 8
+        train(config, finished)
+        assert steps_of(finished) == [6, 8]
+
+
+# --- being told to stop ---------------------------------------------------------------------------
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Send this process a signal while iteration `step` is noted."""
+    append = summaries.Window.append
+
+    def noted(self: summaries.Window, at: int, metrics: Any) -> None:
+        append(self, at, metrics)
+        if at == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(summaries.Window, "append", noted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_the_same_command_goes_on(
+    config, workdir: Path, done: Path, monkeypatch, number: int
+):
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, number)
+        with pytest.raises(Preempted, match="saved step 3"):
+            train(config, workdir)
+    assert steps_of(workdir) == [2, 3]
+    assert signal.getsignal(number) == before
+    if number == signal.SIGTERM:
+        train(config, workdir)
+        assert logged(workdir) == logged(done / "run")
+        assert_same(restore_params(workdir), restore_params(done / "run"))
+
+
+def test_a_kill_leaves_half_a_line_and_it_is_dropped(config, finished: Path):
+    whole = (finished / "metrics.jsonl").read_text()
+    (finished / "metrics.jsonl").write_text(whole + '{"step": 5, "loss/vsd": 1}\n{"step": 6, "lo')
+    config.train.iterations = 5
+    train(config, finished)
+    assert [line["step"] for line in logged(finished)] == [1, 2, 3, 4, 5]
+    assert "loss/kl" in logged(finished)[-1]
+
+
+# --- what a resume refuses ----------------------------------------------------------------------
+
+
+def refused(config: ConfigDict, workdir: Path) -> str:
+    kept = steps_of(workdir)
+    with pytest.raises(InputError) as caught:
+        train(config, workdir)
+    assert steps_of(workdir) == kept
+    return str(caught.value)
+
+
+def test_changed_config_is_refused_with_every_difference(config, finished: Path):
+    config.train.student_lr = 2e-4
+    config.lora.alpha = 3.0
+    said = refused(config, finished)
+    assert "lora.alpha was 2.0, is 3.0; train.student_lr was 0.0001, is 0.0002" in said
+
+
+def test_changed_prompts_are_refused_and_moved_ones_are_not(config, finished: Path, tmp_path: Path):
+    moved = make_prompts(tmp_path / "moved.txt")
+    config.data.source = str(moved)
+    train(config, finished)
+    make_prompts(moved, (*PROMPTS, "a green idea"))
+    assert "prompts: count was 9, is 10; prompts: sha256 was" in refused(config, finished)
+
+
+def test_changed_teacher_is_refused_and_a_moved_one_is_not(config, finished: Path, tmp_path: Path):
+    config.teacher = str(shutil.copytree(config.teacher, tmp_path / "moved"))
+    train(config, finished)
+    config.teacher = str(make_teacher(tmp_path / "another", seed=1))
+    said = refused(config, finished)
+    assert "teacher: unet was" in said
+    assert "teacher: text_encoder was" in said
+    assert "teacher: tokenizer was" not in said
+
+
+def test_what_only_shows_or_places_may_change(config, finished: Path, monkeypatch):
+    use_devices(monkeypatch, 4)
+    config.train.iterations = 6
+    config.mesh.data, config.mesh.fsdp = 1, 4
+    config.log.every = 4
+    config.checkpoint.keep = 1
+    train(config, finished)
+    assert steps_of(finished) == [6]
+
+
+# --- whose folder it is -------------------------------------------------------------------------
+
+
+def test_folder_of_a_live_run_is_refused(config, workdir: Path):
+    with loop.claim(workdir), pytest.raises(InputError, match=f"found process {os.getpid()}"):
+        train(config, workdir)
+    with loop.claim(workdir):
+        pass  # free again
+
+
+def test_folder_with_other_files_is_refused(config, workdir: Path):
+    workdir.mkdir()
+    (workdir / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="output folder is in use"):
+        train(config, workdir)
+    assert [p.name for p in workdir.iterdir()] == ["thesis.tex"]
+    with pytest.raises(InputError, match="is a file"):
+        train(config, workdir / "thesis.tex")
+
+
+# --- input --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("train.batch_size", 6, r"\[train.batch_size\]: batch size 6: expected .* 4 devices"),
+        ("mesh.fsdp", 3, r"\[mesh\]: mesh data -1 x fsdp 3: expected 4 devices in all"),
+        ("student.num_steps", 1, r"\[teacher or student\]: .*"),
+        ("lora.targets", ("to_x",), r"\[lora\]: LoRA targets \['to_x'\]"),
+        ("teacher", "nowhere", "nowhere"),
+        ("data.source", "nowhere.txt", r"nowhere.txt \[data.source\]: no such file"),
+    ],
+)
+def test_what_does_not_fit_is_refused(config, workdir: Path, monkeypatch, key, value, said: str):
+    if key == "student.num_steps":
+        from tiue_jax.training.step import make_step
+
+        monkeypatch.setattr(setup, "make_step", make_step)
+    use_devices(monkeypatch, 4)
+    config.mesh.data = -1
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(InputError, match=said):
+        train(config, workdir)
+    assert not (workdir / "checkpoints").exists()
+
+
+def test_long_prompts_are_told_of_and_used(config, workdir: Path, tmp_path: Path, capfd):
+    long = "a photo of a waterfall " * 40 + "at the very end"
+    config.data.source = str(make_prompts(tmp_path / "long.txt", (*PROMPTS, long)))
+    train(config, workdir)
+    said = capfd.readouterr().err
+    assert said.count("prompt is longer than 77 tokens, cut off: ") == 1
+    assert "at the very end' of 'a photo" in said
+    assert "1 prompt longer than the tokenizer takes" in said
+
+
+# --- the device --------------------------------------------------------------------------------
+
+
+def test_nothing_waits_for_the_device_between_logs(config, workdir: Path, monkeypatch):
+    config.log.every = 4
+    config.train.iterations = 12
+    config.checkpoint.every = 6
+    steps: list[int] = []
+    waited: list[int] = []
+    append, get, wait = summaries.Window.append, jax.device_get, jax.block_until_ready
+    monkeypatch.setattr(
+        summaries.Window, "append", lambda s, n, m: (steps.append(n), append(s, n, m))[1]
+    )
+    monkeypatch.setattr(jax, "device_get", lambda x: (waited.append(steps[-1:]), get(x))[1])
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: (waited.append(steps[-1:]), wait(x))[1])
+    train(config, workdir)
+    assert {n for [n] in filter(None, waited)} == {1, 4, 6, 8, 12}

@@ -1,0 +1,177 @@
+"""The command as a process, with the real step: stopped, killed, and the same in the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.training.tiny_run import ROOT, make_prompts, make_teacher
+from tiue_jax.training.checkpoint import restore_params
+
+STEPS = 20
+PATIENCE = 900  # seconds; the suite may run on a machine that has other work
+
+
+class Command:
+    """`python -m tiue_jax.main` on the tiny teacher; compiles once for the whole suite."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "config.py"
+        make_teacher(folder / "teacher")
+        make_prompts(folder / "prompts.txt")
+        self.config.write_text(
+            "from pathlib import Path\n"
+            "from tests.training.tiny_run import make_config\n"
+            f"def get_config():\n"
+            f"    folder = Path({str(folder)!r})\n"
+            "    return make_config(folder / 'teacher', folder / 'prompts.txt')\n"
+        )
+
+    def start(self, workdir: str, *flags: str) -> subprocess.Popen[str]:
+        quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        env = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": quick,
+            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        return subprocess.Popen(
+            [
+                sys.executable, "-m", "tiue_jax.main", f"--config={self.config}",
+                f"--workdir={self.folder / workdir}", f"--config.train.iterations={STEPS}", *flags,
+            ],
+            cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def finish(self, process: subprocess.Popen[str]) -> tuple[int, str]:
+        _, said = process.communicate(timeout=PATIENCE)
+        return process.returncode, said
+
+    def run(self, workdir: str, *flags: str) -> tuple[int, str]:
+        return self.finish(self.start(workdir, *flags))
+
+    def interrupt(self, workdir: str, number: int, when: Callable[[Path], bool]) -> tuple[int, str]:
+        """Start, send a signal as soon as `when(workdir)` holds, return exit code and stderr."""
+        process = self.start(workdir)
+        started = time.monotonic()
+        while process.poll() is None and not when(self.folder / workdir):
+            assert time.monotonic() - started < PATIENCE
+            time.sleep(0.005)
+        process.send_signal(number)
+        return self.finish(process)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    return Command(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def whole(command: Command) -> Path:
+    """A run of twenty steps that nothing disturbed."""
+    code, said = command.run("whole")
+    assert code == 0, said
+    return command.folder / "whole"
+
+
+def logged(workdir: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+def has_logged(step: int) -> Callable[[Path], bool]:
+    def when(workdir: Path) -> bool:
+        file = workdir / "metrics.jsonl"
+        return file.exists() and f'{{"step": {step},' in file.read_text()
+
+    return when
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert logged(a) == logged(b)
+    for which in ("student", "ema", "lora"):
+        jax.tree.map(
+            np.testing.assert_array_equal, restore_params(a, which), restore_params(b, which)
+        )
+    digests = [
+        json.loads((w / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text())["digests"]
+        for w in (a, b)
+    ]
+    assert digests[0] == digests[1]  # of every array: the optimisers' too
+    assert {name.split("/")[0] for name in digests[0]} == {
+        "step", "student", "ema", "lora", "student_opt", "lora_opt",
+    }  # fmt: skip
+    for image in ("00000000", "00000010", "00000020"):
+        np.testing.assert_array_equal(
+            *(np.asarray(Image.open(w / "images" / f"{image}.png")) for w in (a, b))
+        )
+    for part in ("unet", "vae", "text_encoder"):
+        files = [next((w / "student" / part).glob("*.safetensors")).read_bytes() for w in (a, b)]
+        assert files[0] == files[1]
+
+
+def test_training_moves_student_and_lora(whole: Path):
+    losses = logged(whole)
+    assert len(losses) == STEPS
+    assert losses[0]["loss/vsd"] == 0.0  # LoRA starts at zero: its teacher is the teacher
+    assert all(line["loss/vsd"] > 0 for line in losses[1:])
+    images = [np.asarray(Image.open(p)) for p in sorted((whole / "images").iterdir())]
+    assert len(images) == 3
+    assert np.any(images[0] != images[2])
+
+
+def test_ten_steps_kill_9_resume_are_twenty_steps_bit_for_bit(command: Command, whole: Path):
+    """Nine prompts in batches of four: the epoch's edges lie within batches 3, 5, 7, ..."""
+    committed = "checkpoints/10/commit_success.txt"
+
+    def ten_saved(workdir: Path) -> bool:
+        return (workdir / committed).exists() or has_logged(STEPS - 2)(workdir)
+
+    code, said = command.interrupt("killed", signal.SIGKILL, ten_saved)
+    assert code == -signal.SIGKILL, said
+    workdir = command.folder / "killed"
+    assert not (workdir / "student").exists()
+    code, said = command.run("killed")
+    assert code == 0, said
+    assert "resumed from step" in said
+    assert_same_run(workdir, whole)
+
+
+def test_sigterm_saves_exits_75_and_resumes_bit_for_bit(command: Command, whole: Path):
+    code, said = command.interrupt("told", signal.SIGTERM, has_logged(2))
+    assert code == 75, said
+    assert said.strip().splitlines()[-1].startswith("error: told to stop; saved step ")
+    workdir = command.folder / "told"
+    [saved] = [p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()][-1:]
+    code, said = command.run("told")
+    assert code == 0, said
+    assert int(saved) < STEPS
+    assert_same_run(workdir, whole)
+
+
+def test_changed_config_exits_2_with_one_line(command: Command, whole: Path):
+    code, said = command.run("whole", "--config.train.student_lr=0.5")
+    assert code == 2
+    line = said.strip().splitlines()[-1]
+    assert line.startswith(f"error: {whole.resolve()} [train.student_lr]: ")
+    assert "train.student_lr was 0.0001, is 0.5" in line
+
+
+def test_nan_exits_1_and_names_step_and_metric(command: Command):
+    code, said = command.run("nan", "--config.train.lora_lr=1e38", "--config.log.every=10")
+    assert code == 1, said
+    line = said.strip().splitlines()[-1]
+    assert line.startswith("error: step ")
+    assert " is nan" in line or " is inf" in line
+    steps = [p.name for p in (command.folder / "nan" / "checkpoints").iterdir()]
+    assert not [s for s in steps if s.isdigit()]
