@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from examples.tiny_sd.fit import fit
 from tiue_jax.models.vae import AutoencoderKL
 
-ITERATIONS, BATCH_SIZE, LEARNING_RATE = 4000, 16, 2e-3
+ITERATIONS, BATCH_SIZE, LEARNING_RATE = 8000, 16, 2e-3
 KL_WEIGHT = 1e-3  # per latent entry, against the mean absolute error of a pixel
 
 
