@@ -16,7 +16,7 @@ the rounding errors anew.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +36,12 @@ from tests.reference.records import (
     read_record,
 )
 from tests.reference.report import Report
+from tiue_jax.diffusion.schedule import NoiseSchedule
 from tiue_jax.io.errors import InputError
+from tiue_jax.models.clip import CLIPTextEncoder
+from tiue_jax.models.unet import UNet
 from tiue_jax.pretrained.folder import StableDiffusion
+from tiue_jax.training.options import StepOptions
 from tiue_jax.training.state import Frozen, TrainState, init_state
 from tiue_jax.training.step import Draws, make_step
 
@@ -76,10 +80,7 @@ def replay_record(model: StableDiffusion, folder: Path) -> int:
     record, report = read_record(folder), Report()
     state, frozen, known = _begin(model, record, folder)
     initial = {name: _flat(tree) for name, tree in _networks(state).items()}
-    step = make_step(
-        model.unet, model.text_encoder, model.schedule, record.options, with_gradients=True
-    )
-    jitted = jax.jit(step, compiler_options=COMPILER if jax.default_backend() == "cpu" else None)
+    jitted = compiled_step(model.unet, model.text_encoder, model.schedule, record.options)
     noisy: dict[str, Flat] = {"student": {}, "lora": {}}  # entries that were noise at some time
     for i, prompts in enumerate(record.prompts):
         ids = jnp.asarray(model.tokenizer(prompts))
@@ -97,6 +98,15 @@ def replay_record(model: StableDiffusion, folder: Path) -> int:
             _norms(report, name, record.param_norms[i][name], found, known)
     _finals(report, record, state, initial, noisy, known)
     return report.finish()
+
+
+@lru_cache(maxsize=4)
+def compiled_step(
+    unet: UNet, text_encoder: CLIPTextEncoder, schedule: NoiseSchedule, options: StepOptions
+) -> Callable[..., Any]:
+    """The step with gradients, compiled once for the same networks and options."""
+    step = make_step(unet, text_encoder, schedule, options, with_gradients=True)
+    return jax.jit(step, compiler_options=COMPILER if jax.default_backend() == "cpu" else None)
 
 
 def _iterate(run: Callable[..., Any], state: TrainState) -> tuple[TrainState, Iteration]:

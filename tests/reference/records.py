@@ -177,7 +177,7 @@ def _options(raw: dict, noise_shape: tuple[int, ...], file: Path) -> StepOptions
         clip_grad_norm=float(raw["clip_grad_norm"]),
         lora_rank=int(raw["lora_rank"]),
         lora_alpha=float(raw["lora_alpha"]),
-        lora_targets=tuple(raw["lora_targets"]),
+        lora_targets=tuple(_joined(name.split("."))[-1] for name in raw["lora_targets"]),
         null_prompt_prob=float(raw["null_prompt_threshold"]),
         ema_max_decay=float(ema.group(1)),
     )
@@ -189,12 +189,7 @@ def param_path(name: str, known: Mapping[ParamPath, Any]) -> ParamPath:
     Written apart from the package's own conversion, so that the two check each other.
     """
     *modules, leaf = name.split(".")
-    parts: list[str] = []
-    for module in modules:
-        if module.isdigit() and parts:
-            parts[-1] += f"_{module}"
-        else:
-            parts.append(module)
+    parts = _joined(modules)
     leaves = (leaf,) if leaf != "weight" else ("kernel", "scale")
     for candidate in leaves:
         if (*parts, candidate) in known:
@@ -202,19 +197,23 @@ def param_path(name: str, known: Mapping[ParamPath, Any]) -> ParamPath:
     raise InputError("the model has no such parameter", key=name)
 
 
+def _joined(modules: list[str]) -> list[str]:
+    """[down_blocks, 0, conv] -> [down_blocks_0, conv]."""
+    parts: list[str] = []
+    for module in modules:
+        if module.isdigit() and parts:
+            parts[-1] += f"_{module}"
+        else:
+            parts.append(module)
+    return parts
+
+
 def lora_path(name: str) -> ParamPath:
     """`....to_q.lora_A.default.weight` -> (..., to_q, a)."""
     match = re.fullmatch(r"(.+)\.lora_([AB])\.(?:default\.)?weight", name)
     if match is None:
         raise InputError("not the name of a LoRA matrix", key=name)
-    layer = f"{match.group(1)}.weight"
-    *parts, _ = param_path(layer, _Anything())
-    return (*parts, match.group(2).lower())
-
-
-class _Anything(dict):
-    def __contains__(self, key: object) -> bool:
-        return True
+    return (*_joined(match.group(1).split(".")), match.group(2).lower())
 
 
 def from_torch(value: np.ndarray) -> np.ndarray:

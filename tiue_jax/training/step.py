@@ -11,6 +11,7 @@ Source: arXiv 2505.21960; TiUE's public code (sen-mao/Loopfree at 9a232a9).
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import flax.struct
@@ -87,7 +88,9 @@ def sample_draws(
             jax.random.randint(k_lora_t, (), 0, num_train_timesteps),
         )
 
-    return Draws(*jax.vmap(example)(keys), null_uniform=jax.random.uniform(null_key))
+    noise, vsd_noise, vsd_t, lora_noise, lora_t = jax.vmap(example)(keys)
+    null_uniform = jax.random.uniform(null_key)
+    return Draws(noise, vsd_noise, vsd_t, lora_noise, lora_t, null_uniform)
 
 
 def make_step(
@@ -143,7 +146,7 @@ def make_step(
     def update_student(
         state: TrainState, frozen: Frozen, draws: Draws, context: Array, null: Array
     ) -> tuple[TrainState, Array, Metrics, Mapping]:
-        def loss(params: Mapping) -> tuple[Array, tuple[Array, Array, Metrics]]:
+        def loss(params: Mapping) -> tuple[Array, tuple[Array, Metrics]]:
             x0, eps = student(params, draws, context)
             fixed = jax.lax.stop_gradient(x0)
             gradient = score_gradient(fixed, draws, state, frozen, context, null)
@@ -160,7 +163,7 @@ def make_step(
 
         grads, (x0, metrics) = jax.grad(loss, has_aux=True)(state.student)
         updates, opt = student_optimizer.update(grads, state.student_opt, state.student)
-        params = optax.apply_updates(state.student, updates)
+        params: Any = optax.apply_updates(state.student, updates)
         decay = ema_decay(state.step + 1 - options.lora_warmup, options.ema_max_decay)
         metrics |= {
             "grad_norm/student": optax.global_norm(grads),
@@ -168,7 +171,7 @@ def make_step(
             "ema/decay": decay,
         }
         ema = update_ema(state.ema, params, decay)
-        state = state.replace(student=params, ema=ema, student_opt=opt)
+        state = replace(state, student=params, ema=ema, student_opt=opt)
         return state, jax.lax.stop_gradient(x0), metrics, grads if with_gradients else {}
 
     def update_lora(
@@ -190,11 +193,8 @@ def make_step(
             "grad_norm/lora": optax.global_norm(grads),
             "update_norm/lora": optax.global_norm(updates),
         }
-        return (
-            state.replace(lora=optax.apply_updates(state.lora, updates), lora_opt=opt),
-            metrics,
-            grads,
-        )
+        lora: Any = optax.apply_updates(state.lora, updates)
+        return replace(state, lora=lora, lora_opt=opt), metrics, grads
 
     def step(
         state: TrainState,
@@ -228,7 +228,7 @@ def make_step(
                 waiting, wait, update_student, *arguments
             )
         new, lora_metrics, lora_grads = update_lora(new, frozen, draws, x0, context, null)
-        new = new.replace(step=state.step + 1)
+        new = replace(new, step=state.step + 1)
         metrics = metrics | lora_metrics
         if with_gradients:
             return new, metrics, {"student": student_grads, "lora": lora_grads}
