@@ -166,8 +166,8 @@ def make_step(
         params: Any = optax.apply_updates(state.student, updates)
         decay = ema_decay(state.step + 1 - options.lora_warmup, options.ema_max_decay)
         metrics |= {
-            "grad_norm/student": optax.global_norm(grads),
-            "update_norm/student": optax.global_norm(updates),
+            "grad_norm/student": optax.tree.norm(grads),
+            "update_norm/student": optax.tree.norm(updates),
             "ema/decay": decay,
         }
         ema = update_ema(state.ema, params, decay)
@@ -190,8 +190,8 @@ def make_step(
         updates, opt = lora_optimizer.update(grads, state.lora_opt, state.lora)
         metrics = {
             "loss/lora": value,
-            "grad_norm/lora": optax.global_norm(grads),
-            "update_norm/lora": optax.global_norm(updates),
+            "grad_norm/lora": optax.tree.norm(grads),
+            "update_norm/lora": optax.tree.norm(updates),
         }
         lora: Any = optax.apply_updates(state.lora, updates)
         return replace(state, lora=lora, lora_opt=opt), metrics, grads
