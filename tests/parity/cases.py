@@ -68,14 +68,22 @@ def golden(case: Case, gain: float = 1.0) -> Golden:
     """Runs torch with random weights.
 
     Args:
-        gain: factor on the float inputs and on all weights, but those of norms and feed-forwards.
-            With `QUIET` every norm sees a variance of about 1e-4, where its epsilon counts.
+        gain: factor on the inputs (but not on time or text) and on all weights except those of
+            norms, feed-forwards, queries and keys. With `QUIET` every norm sees a variance of about
+            1e-4, where its epsilon counts, and still has a say in the output.
     """
     torch.manual_seed(0)
     module = randomise(case.theirs())
-    kept = [m for m in module.modules() if isinstance(m, (*NORMS, FeedForward))]
-    spared = {id(p) for m in kept for p in m.parameters()}
-    inputs = tuple(x * np.float32(gain) if x.dtype == np.float32 else x for x in case.inputs)
+    spared = {
+        id(parameter)
+        for name, part in module.named_modules()
+        if isinstance(part, (*NORMS, FeedForward)) or name.endswith(("to_q", "to_k"))
+        for parameter in part.parameters()
+    }
+    quieted = [x.dtype == np.float32 and (i == 0 or x.ndim == 4) for i, x in enumerate(case.inputs)]
+    inputs = tuple(
+        x * np.float32(gain) if q else x for x, q in zip(case.inputs, quieted, strict=True)
+    )
     with torch.no_grad():
         for value in module.parameters():
             if id(value) not in spared:
