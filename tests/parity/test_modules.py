@@ -3,8 +3,8 @@
 Worst seen: layers 5e-7, blocks 1.1e-6 (cross_up_block), parts of the VAE 9e-7 (vae_decoder), whole
 models 3.2e-6 (vae_decode; UNets 2.4e-6), the halves at two timesteps 3.0e-6.
 
-Where it comes from: fp32 keeps 6e-8,
-sums of tens to hundreds of terms are taken in another order, and a UNet is some thirty layers deep.
+Where it comes from: fp32 keeps 6e-8, sums of tens to hundreds of terms are taken in another order,
+and a UNet is some thirty layers deep.
 """
 
 import jax
