@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     """Run one distillation."""
     if len(argv) > 1:
         raise InputError("arguments are given as --name=value", found=" ".join(argv[1:]))
-    train(CONFIG.value, Path(WORKDIR.value))
+    train(CONFIG.value, Path(str(WORKDIR.value)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Write the distillation prompts: training captions, each once, none that evaluation uses.
 
-    python -m examples.tiny_sd.prompts --out=assets/tiny-scenes/prompts.txt
+python -m examples.tiny_sd.prompts --out=assets/tiny-scenes/prompts.txt
 """
 
 from collections.abc import Sequence

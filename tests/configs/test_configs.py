@@ -73,13 +73,13 @@ def test_every_config_shapes_a_step_of_its_model(name: str):
     text_encoder = model.text_encoder.clone(dtype=dtype)
     options = step_options(config, model.latent_size)
     size, width = model.latent_size, unet.context_dim
-    key = jax.random.key(0)
+    key, ids = jax.random.key(0), jnp.zeros((1, 77), jnp.int32)
     frozen = Frozen(
         teacher=jax.eval_shape(
             unet.init, key, jnp.zeros((1, size, size, unet.in_channels)),
             jnp.zeros((1,), jnp.int32), jnp.zeros((1, 77, width)),
         )["params"],
-        text_encoder=jax.eval_shape(text_encoder.init, key, jnp.zeros((1, 77), jnp.int32))["params"],
+        text_encoder=jax.eval_shape(text_encoder.init, key, ids)["params"],
         null_ids=jax.ShapeDtypeStruct((77,), jnp.int32),
     )  # fmt: skip
     state = jax.eval_shape(lambda k, p: init_state(k, p, options), key, frozen.teacher)

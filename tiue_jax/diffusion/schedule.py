@@ -76,7 +76,8 @@ class NoiseSchedule:
         if not 1 <= num_steps <= total:
             raise ValueError(f"num_steps {num_steps}: choose 1..{total}")
         if spacing == "leading":
-            steps = np.arange(num_steps)[::-1] * (total // num_steps) + self.steps_offset
+            steps = np.arange(num_steps, dtype=float)[::-1] * (total // num_steps)
+            steps += self.steps_offset
         elif spacing == "trailing":
             steps = np.round(np.arange(total, 0, -total / num_steps))[:num_steps] - 1
         else:

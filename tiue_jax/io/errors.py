@@ -177,7 +177,7 @@ def _config_error(argv: list[str], error: Exception) -> InputError:
     if isinstance(error, AttributeError | KeyError) and "ml_collections" in frame.filename:
         missing = str(error).strip("'\"")
         given = [arg.partition("=")[0] for arg in argv[1:] if arg.startswith("--")]
-        named = [name for name in given if name.endswith("." + missing)]
+        named = [name for name in given if missing in name.split(".")[1:]]
         if named:
             return InputError("no such config key", key=named[0])
         return InputError(missing, key="--config")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -79,16 +80,20 @@ def check_config(config: ConfigDict) -> None:
     for key in sorted(values.keys() - known):
         raise InputError("unknown config key; see configs/default.py", key=key)
     for key, (low, high) in _RANGES.items():
-        _require(key, values[key], f"{low} to {high}", lambda v, a=low, b=high: a <= v <= b)
+        _require(key, values[key], f"{low} to {high}", partial(_within, low, high))
         _require(key, values[key], "a finite number", math.isfinite)
     for key, choices in _CHOICES.items():
-        _require(key, values[key], f"one of {', '.join(choices)}", lambda v, c=choices: v in c)
+        _require(key, values[key], f"one of {', '.join(choices)}", choices.__contains__)
     for key, meaning in _TEXTS.items():
         _require(key, values[key], f"{meaning}: --config.{key}=...", bool)
     for key in _TUPLES:
         _require(key, values[key], "texts", lambda v: all(isinstance(t, str) and t for t in v))
     for key in ("mesh.data", "mesh.fsdp"):
         _require(key, values[key], "-1 or at least 1", lambda v: v != 0)
+
+
+def _within(low: float, high: float, value: float) -> bool:
+    return low <= value <= high
 
 
 def _require(key: str, value: Any, expected: str, holds: Callable[[Any], bool]) -> None:

@@ -26,7 +26,7 @@ def catch_signals() -> Iterator[StopRequested]:
     def note(number: int, frame: FrameType | None) -> None:
         del frame
         received.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     def requested(step: int) -> bool:
         if jax.process_count() > 1:

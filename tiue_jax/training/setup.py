@@ -84,7 +84,10 @@ def set_up(config: ConfigDict, say: Callable[[str], None]) -> Setup:
         unet = sd.unet.clone(remat=config.train.remat)
         step = make_step(unet, sd.text_encoder, sd.schedule, options)
     frozen = sharding.shard(
-        Frozen(sd.params.pop("unet"), sd.params["text_encoder"], sd.tokenizer.null_ids), mesh
+        Frozen(
+            sd.params.pop("unet"), sd.params["text_encoder"], jnp.asarray(sd.tokenizer.null_ids)
+        ),
+        mesh,
     )
     with _blame("lora"):
         start, abstract = _make_start(frozen, options, mesh)

@@ -36,6 +36,9 @@ class Window:
     """The metrics of the iterations since the last log. They stay on the device until asked for."""
 
     def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
         self._steps: list[int] = []
         self._pending: list[Mapping[str, Array]] = []
         self._values: list[Mapping[str, float]] = []
@@ -69,7 +72,7 @@ class Window:
             ).compute()
             for name in names
         }
-        self.__init__()
+        self._clear()
         return {name: float(mean) for name, mean in means.items()}
 
 
