@@ -1,4 +1,4 @@
-"""The command line of main: what it refuses, in one line and with exit code 2, and what --help says."""
+"""The command line of main: what it refuses, in one line and with exit code 2, and --help."""
 
 import json
 import subprocess
@@ -36,13 +36,16 @@ TINY = "--config=configs/tiny.py"
 CASES: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "error: [--config]: is required"),
     "no workdir": ([TINY], "error: [--workdir]: is required"),
-    "unknown flag": ([TINY, "--workdir=W", "--steps=3"], "error: Unknown command line flag 'steps'"),
+    "unknown flag": (
+        [TINY, "--workdir=W", "--steps=3"], "error: Unknown command line flag 'steps'",
+    ),
     "unknown key": (
         [TINY, "--workdir=W", "--config.train.bogus=1"],
         "error: [--config.train.bogus]: no such config key",
     ),
     "unknown group": (
-        [TINY, "--workdir=W", "--config.bogus.x=1"], "error: [--config.bogus.x]: no such config key",
+        [TINY, "--workdir=W", "--config.bogus.x=1"],
+        "error: [--config.bogus.x]: no such config key",
     ),
     "wrong type": (
         [TINY, "--workdir=W", "--config.train.batch_size=many"],

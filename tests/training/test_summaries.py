@@ -38,7 +38,7 @@ def test_window_averages_and_begins_anew():
 @pytest.mark.parametrize(("bad", "shown"), [(float("nan"), "nan"), (float("inf"), "inf")])
 def test_window_names_the_first_step_that_is_not_finite(bad: float, shown: str):
     made = window(1, bad, bad)
-    with pytest.raises(RunError, match=rf"^step 2: loss/vsd is {shown}\Z"):
+    with pytest.raises(RunError, match=f"step 2: loss/vsd is {shown}"):
         made.check()
     made = window(1, 2)
     made.check()

@@ -92,7 +92,7 @@ def check_config(config: ConfigDict) -> None:
         _require(key, values[key], "-1 or at least 1", lambda v: v != 0)
 
 
-def _within(low: float, high: float, value: float) -> bool:
+def _within(low: float | int, high: float | int, value: float | int) -> bool:
     return low <= value <= high
 
 
