@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from etils import epath
 from jaxtyping import Array, Bool, PyTree, UInt32
 from orbax.checkpoint import checkpoint_managers
 
@@ -188,7 +187,7 @@ def restore_params(workdir: str | Path, which: str = "ema") -> PyTree[np.ndarray
     damage: Exception | None = None
     for step in sorted(ocp.utils.checkpoint_steps(folder), reverse=True):
         try:
-            return _restore_part(epath.Path(folder / str(step)), which)
+            return _restore_part(folder / str(step), which)
         except Exception as error:  # Orbax, tensorstore and json raise of every kind
             logging.warning("checkpoint %d cannot be used: %s", step, _brief(error))
             damage = damage or error
@@ -197,7 +196,7 @@ def restore_params(workdir: str | Path, which: str = "ema") -> PyTree[np.ndarray
     raise InputError("holds no finished checkpoint", file=folder)
 
 
-def _restore_part(folder: epath.Path, which: str) -> PyTree[np.ndarray]:
+def _restore_part(folder: Path, which: str) -> PyTree[np.ndarray]:
     digests = ocp.JsonCheckpointHandler().restore(folder / "meta")["digests"]
     reader = ocp.PyTreeCheckpointHandler()
     tree = reader.metadata(folder / "state").tree[which]
