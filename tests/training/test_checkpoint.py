@@ -209,13 +209,17 @@ def test_no_checkpoint_that_can_be_read_is_an_error_and_nothing_is_moved(tmp_pat
     assert not (tmp_path / "checkpoints_damaged").exists()
 
 
-def test_half_written_checkpoint_is_not_seen(tmp_path: Path):
+def test_half_written_checkpoint_is_not_seen_nor_in_the_way(tmp_path: Path):
+    """Orbax writes under a temporary name, and commits by renaming."""
     save(tmp_path, 2, 4)
     folder = tmp_path / "checkpoints" / "4"
-    for marker in folder.rglob("commit_success.txt"):  # what Orbax writes last
+    for marker in folder.rglob("commit_success.txt"):
         marker.unlink()
     folder.rename(folder.with_name("4.orbax-checkpoint-tmp-1"))
+    assert_same(restore_params(tmp_path), jax.device_get(make_state(2.0).ema))
     assert restore(tmp_path)[0].step == 2
+    save(tmp_path, 4)
+    assert restore(tmp_path)[0].step == 4
 
 
 @pytest.mark.parametrize("which", ["ema", "student", "lora"])
