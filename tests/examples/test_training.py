@@ -1,0 +1,172 @@
+"""The training of the embedded teacher: its parts, and two iterations of the whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from examples.tiny_sd import fit as fit_module
+from examples.tiny_sd.demo import draw_comparison
+from examples.tiny_sd.fit import chunks_of, fit
+from examples.tiny_sd.train import latent_data
+from examples.tiny_sd.train_teacher import teacher_loss
+from examples.tiny_sd.train_vae import encode, to_pixels, whiten
+from tiue_jax.diffusion.schedule import make_schedule
+from tiue_jax.models.unet import UNet
+from tiue_jax.models.vae import AutoencoderKL
+from tiue_jax.models.variants import Variant
+
+VAE = AutoencoderKL(
+    latent_channels=2, block_out_channels=(4, 8, 8, 8), layers_per_block=1, norm_groups=4
+)
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def vae_params():
+    init = jax.jit(VAE.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    return init["params"]
+
+
+def test_whitening_keeps_the_pictures_and_standardises_the_latents(images, vae_params):
+    white = whiten(VAE, vae_params, images)
+    decode = jax.jit(lambda p, z: VAE.apply({"params": p}, z, method=VAE.decode))
+    before, _ = encode(VAE, vae_params, images)
+    mean, logvar = encode(VAE, white, images)
+    # fp32, two equal maps in another order of operations; worst seen 2e-6 of pixels near 1
+    np.testing.assert_allclose(decode(white, mean), decode(vae_params, before), atol=2e-5)
+    latents = mean * VAE.scaling_factor
+    total = latents.var((0, 1, 2)) + (np.exp(logvar) * VAE.scaling_factor**2).mean((0, 1, 2))
+    np.testing.assert_allclose(latents.mean((0, 1, 2)), 0, atol=1e-4)
+    np.testing.assert_allclose(total, 1, rtol=1e-4)
+
+
+def test_encoding_in_batches_is_encoding_at_once(images, vae_params):
+    whole, _ = encode(VAE, vae_params, images, batch_size=6)
+    parts, _ = encode(VAE, vae_params, images, batch_size=4)
+    np.testing.assert_allclose(parts, whole, atol=1e-5)  # another batch, another order of sums
+
+
+def test_pixels_span_minus_one_to_one():
+    assert to_pixels(np.array([[[[0, 255, 51]]]], np.uint8)).tolist() == [
+        [[[-1.0, 1.0, pytest.approx(-0.6)]]]
+    ]
+
+
+class NoNoise(nn.Module):
+    """A UNet that predicts 0: its loss is the mean square of the noise."""
+
+    @nn.compact
+    def __call__(self, x, t, context):
+        return 0.0 * x
+
+
+class Nothing(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        return jnp.zeros((*ids.shape, 4))
+
+
+def test_the_teacher_s_loss_of_no_prediction_is_the_noise_s_variance():
+    params = {"unet": {}, "text_encoder": {}}
+    batch = (jnp.zeros((256, 8, 8, 4)), jnp.zeros((256, 3), jnp.int32))
+    loss, metrics = teacher_loss(
+        NoNoise(), Nothing(), make_schedule(), params, batch, jax.random.key(0)
+    )
+    # 65,536 squares of N(0, 1): deviation .0055
+    assert float(loss) == pytest.approx(1.0, abs=0.03)
+    assert float(metrics["loss_late"]) == pytest.approx(1.0, abs=0.04)
+
+
+def test_the_teacher_learns_from_the_noisy_latents():
+    unet = UNet(
+        block_out_channels=(8, 8), layers_per_block=1, cross_attention=(True, False),
+        num_heads=(2, 2), context_dim=4, norm_groups=4,
+    )  # fmt: skip
+    x, ids = jnp.zeros((4, 8, 8, 4)), jnp.zeros((4, 3), jnp.int32)
+    params = jax.jit(unet.init)(jax.random.key(0), x, ids[:, 0], jnp.zeros((4, 3, 4)))
+    loss = jax.jit(
+        jax.grad(
+            lambda p: teacher_loss(
+                unet, Nothing(), make_schedule(), {"unet": p, "text_encoder": {}}, (x, ids),
+                jax.random.key(1),
+            )[0]
+        )
+    )  # fmt: skip
+    gradient = loss(params["params"])
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+    assert float(jnp.abs(gradient["conv_in"]["kernel"]).max()) > 0
+
+
+def quadratic(params, batch, key):
+    noise = 0.01 * jax.random.normal(key, params.shape)
+    loss = jnp.square(params - batch + noise).mean()
+    return loss, {"loss": loss}
+
+
+def run(folder, iterations, save_every=10):
+    return fit(
+        "toy", quadratic, jnp.zeros(3), lambda rng: rng.normal(2.0, 0.1, 3).astype(np.float32),
+        iterations=iterations, learning_rate=0.1, folder=folder, seed=0, save_every=save_every,
+    )  # fmt: skip
+
+
+def test_fit_reaches_the_minimum(tmp_path):
+    np.testing.assert_allclose(run(tmp_path, 300), 2.0, atol=0.1)
+
+
+def test_an_interrupted_fit_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole = run(tmp_path / "whole", 30)
+
+    class Killed(Exception):
+        pass
+
+    class DyingBar(fit_module.tqdm):
+        def __iter__(self):
+            for i in super().__iter__():
+                if i == 17:
+                    raise Killed
+                yield i
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "tqdm", DyingBar)
+        with pytest.raises(Killed):
+            run(tmp_path / "cut", 30)
+    np.testing.assert_array_equal(run(tmp_path / "cut", 30), whole)
+
+
+def test_chunks_add_up():
+    assert list(chunks_of(12, 5, "x")) == [5, 5, 2]
+
+
+def test_latent_data_has_captions_of_its_own_pictures(vae_params):
+    class Counting:
+        """Token ids that say in which call and row a caption stood."""
+
+        null_ids = np.zeros(7, np.int32)
+
+        def __call__(self, texts):
+            assert all(isinstance(t, str) and t for t in texts)
+            return np.arange(len(texts), dtype=np.int32)[:, None].repeat(7, 1)
+
+    networks = Variant(unet=None, vae=VAE, text_encoder=None, latent_size=8)
+    data = latent_data(networks, vae_params, Counting(), 3, 0)
+    assert data.mean.shape == (3, 8, 8, 2)
+    assert data.std.min() > 0
+    # captions 0..2 are the scenes' first, 3..5 their second
+    assert data.input_ids[:, :, 0].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_the_comparison_shows_every_model_and_prompt():
+    pictures = np.stack([np.full((64, 64, 3), v, np.uint8) for v in (10, 200)])
+    drawn = draw_comparison({"a": pictures, "b": 255 - pictures}, ["one", "a longer prompt " * 9])
+    assert drawn.dtype == np.uint8
+    for value in (10, 200, 245, 55):
+        assert (drawn == value).all(axis=-1).sum() >= 128 * 128
