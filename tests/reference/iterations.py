@@ -16,6 +16,7 @@ the rounding errors anew.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +56,15 @@ NUDGES = 4
 NOISES = 6.0  # standard deviations, of a number that few nudges estimate
 
 COMPILER = {"xla_backend_optimization_level": 0}  # of XLA on a CPU: half the time to compile
+NUMBERS = (  # options that are arguments of the compiled step, so that records can share it
+    "guidance_scale",
+    "lambda_kl",
+    "student_lr",
+    "lora_lr",
+    "lora_alpha",
+    "clip_grad_norm",
+    "null_prompt_prob",
+)
 Flat = dict[ParamPath, np.ndarray]
 
 
@@ -80,12 +90,12 @@ def replay_record(model: StableDiffusion, folder: Path) -> int:
     record, report = read_record(folder), Report()
     state, frozen, known = _begin(model, record, folder)
     initial = {name: _flat(tree) for name, tree in _networks(state).items()}
-    jitted = compiled_step(model.unet, model.text_encoder, model.schedule, record.options)
+    step = compiled_step(model, record.options)
     noisy: dict[str, Flat] = {"student": {}, "lora": {}}  # entries that were noise at some time
     for i, prompts in enumerate(record.prompts):
         ids = jnp.asarray(model.tokenizer(prompts))
         run = partial(
-            jitted, frozen=frozen, input_ids=ids, key=jax.random.key(0), draws=_draws(record, i)
+            step, frozen=frozen, input_ids=ids, key=jax.random.key(0), draws=_draws(record, i)
         )
         state, found = _iterate(run, state)
         for name, masks in found.unsteady.items():
@@ -100,12 +110,26 @@ def replay_record(model: StableDiffusion, folder: Path) -> int:
     return report.finish()
 
 
+def compiled_step(model: StableDiffusion, options: StepOptions) -> Callable[..., Any]:
+    """step(state, frozen, input_ids, key, draws) -> (state, metrics, gradients), jitted."""
+    numbers = {name: jnp.float32(getattr(options, name)) for name in NUMBERS}
+    shape = replace(options, **dict.fromkeys(NUMBERS, 1.0))
+    step = _compiled_step(model.unet, model.text_encoder, model.schedule, shape)
+    return partial(step, numbers)
+
+
 @lru_cache(maxsize=4)
-def compiled_step(
+def _compiled_step(
     unet: UNet, text_encoder: CLIPTextEncoder, schedule: NoiseSchedule, options: StepOptions
 ) -> Callable[..., Any]:
-    """The step with gradients, compiled once for the same networks and options."""
-    step = make_step(unet, text_encoder, schedule, options, with_gradients=True)
+    """One program for all values of NUMBERS."""
+
+    def step(numbers: dict[str, jax.Array], *arguments: Any, **named: Any) -> Any:
+        chosen = replace(options, **numbers)
+        return make_step(unet, text_encoder, schedule, chosen, with_gradients=True)(
+            *arguments, **named
+        )
+
     return jax.jit(step, compiler_options=COMPILER if jax.default_backend() == "cpu" else None)
 
 

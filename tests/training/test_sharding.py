@@ -29,8 +29,10 @@ def run(data: int, fsdp: int, iterations: int = 2):
     state, fixed = shard(state, mesh), shard(frozen(), mesh)
     inputs = jax.device_put(ids(8), batch_sharding(mesh))
     compiled = jitted.lower(state, fixed, inputs, KEY).compile(small_step.FAST)
+    given = state.student["conv_in"]["kernel"]
     for _ in range(iterations):
         state, metrics = compiled(state, fixed, inputs, KEY)
+    assert given.is_deleted(), "the state is donated"
     return state, metrics, compiled
 
 
@@ -47,7 +49,7 @@ def test_eight_devices_are_one(results: dict, name: str) -> None:
         assert float(many[1][key]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), key
     # A share of the learning rate; entries without a gradient but noise make whole steps, two of
     # them at most; worst seen WORST_STATE.
-    for network, lr in (("student", 1e-3), ("ema", 1e-3), ("lora", 1e-2)):
+    for network, lr in (("student", 1e-2), ("ema", 1e-2), ("lora", 1e-2)):
         difference = jax.tree.map(
             lambda a, b: np.abs(np.asarray(a) - np.asarray(b)),
             getattr(one[0], network),
@@ -73,14 +75,13 @@ def test_data_parallel_training_only_sums_gradients(results: dict) -> None:
     assert {kind for _, kind in found} == {"all-reduce"}
 
 
-def test_the_state_is_donated_and_a_second_call_compiles_nothing() -> None:
+@pytest.mark.slow
+def test_a_second_call_compiles_nothing() -> None:
     mesh = make_mesh(1, 1, jax.devices()[:1])
     state = start()
     jitted = jit_step(step(), mesh, state, frozen())
-    old = state.student["conv_in"]["kernel"]
     for _ in range(2):
         state, _ = jitted(state, frozen(), ids(2), KEY)
-    assert old.is_deleted()
     assert jitted._cache_size() == 1
 
 

@@ -45,7 +45,7 @@ def encode_once(
     params: Mapping[str, Any],
     noise: Float[Array, "b h w c"],
     context: Float[Array, "b n d"],
-    t_enc: int | Array,
+    t_enc: int | np.integer | Array,
 ) -> Features:
     """f = encoder(z, t_enc, y): the features that all decoders share."""
     t = jnp.full(noise.shape[:1], t_enc, jnp.int32)
@@ -76,7 +76,7 @@ def student_forward(
     noise: Float[Array, "b h w c"],
     context: Float[Array, "b n d"],
     timesteps: Int[np.ndarray, " K"] | Int[Array, " K"],
-    t_enc: int | Array,
+    t_enc: int | np.integer | Array,
     S: float | Array,
     E: Float[np.ndarray, " K"] | Float[Array, " K"],
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b K h w c"]]:

@@ -3,16 +3,20 @@
 from dataclasses import dataclass
 
 import optax
+from jaxtyping import Array
 
 from tiue_jax.diffusion.schedule import NoiseSchedule
 from tiue_jax.diffusion.student import student_timesteps
 
-LearningRate = float | optax.Schedule
+Number = float | Array
+LearningRate = Number | optax.Schedule
 
 
 @dataclass(frozen=True)
 class StepOptions:
     """What an iteration computes.
+
+    A `Number` may be a traced scalar too: other values then need no other program.
 
     Attributes:
         num_steps, timestep_spacing: K and the spread of the student's decoder timesteps.
@@ -41,22 +45,22 @@ class StepOptions:
     timesteps: tuple[int, ...] | None = None
     t_enc: int | None = None
     latent_size: int = 64
-    guidance_scale: float = 4.5
+    guidance_scale: Number = 4.5
     vsd_t_min: int = 20
     vsd_t_max: int = 980
-    lambda_kl: float = 0.1
+    lambda_kl: Number = 0.1
     kl_batch: int | None = None
     student_lr: LearningRate = 1e-6
     lora_lr: LearningRate = 1e-3
     adam_b1: float = 0.9
     adam_b2: float = 0.999
     adam_eps: float = 1e-8
-    clip_grad_norm: float = 1.0
+    clip_grad_norm: Number = 1.0
     lora_rank: int = 64
-    lora_alpha: float = 108.0
+    lora_alpha: Number = 108.0
     lora_targets: tuple[str, ...] = ("to_q", "to_v")
     lora_warmup: int = 0
-    null_prompt_prob: float = 0.1
+    null_prompt_prob: Number = 0.1
     ema_max_decay: float = 0.9999
 
     def __post_init__(self) -> None:
@@ -65,18 +69,20 @@ class StepOptions:
                 f"vsd_t_min {self.vsd_t_min}, vsd_t_max {self.vsd_t_max}: "
                 "expected 0 <= vsd_t_min <= vsd_t_max"
             )
-        if not 0.0 <= self.null_prompt_prob <= 1.0:
+        probability = self.null_prompt_prob
+        if isinstance(probability, float | int) and not 0.0 <= probability <= 1.0:
             raise ValueError(f"null_prompt_prob {self.null_prompt_prob}: expected 0..1")
         if not 0.0 <= self.ema_max_decay < 1.0:
             raise ValueError(f"ema_max_decay {self.ema_max_decay}: expected 0 <= decay < 1")
         for name in ("num_steps", "latent_size", "clip_grad_norm", "lora_rank"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected more than 0")
+            value = getattr(self, name)
+            if isinstance(value, float | int) and value <= 0:
+                raise ValueError(f"{name} {value}: expected more than 0")
         if self.lora_warmup < 0:
             raise ValueError(f"lora_warmup {self.lora_warmup}: expected at least 0")
 
     @property
-    def lora_scale(self) -> float:
+    def lora_scale(self) -> Number:
         """alpha / rank."""
         return self.lora_alpha / self.lora_rank
 
@@ -113,7 +119,7 @@ class StepOptions:
 
         return adam(self.student_lr), adam(self.lora_lr)
 
-    def kl_weight(self, batch_size: int) -> float:
+    def kl_weight(self, batch_size: int) -> Number:
         """What the sum over the batch's K * batch_size maps is multiplied with."""
         scale = 1.0 if self.kl_batch is None else self.kl_batch / batch_size
         return self.lambda_kl * scale

@@ -139,7 +139,7 @@ def make_step(
             )
 
         # One program run twice: where the LoRA is 0, the difference is 0 in every bit.
-        scales = jnp.array([0.0, options.lora_scale], jnp.float32)
+        scales = jnp.asarray(options.lora_scale, jnp.float32) * jnp.array([0.0, 1.0])
         eps_teacher, eps_lora = jax.lax.map(guided, scales)
         return losses.vsd_gradient(eps_teacher, eps_lora, sigma)
 
