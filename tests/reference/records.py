@@ -61,7 +61,7 @@ class Record:
 def read_arrays(file: Path) -> dict[str, np.ndarray]:
     """All arrays of an npz file."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}
     except FileNotFoundError as error:
         raise InputError("no such file", file=file) from error
