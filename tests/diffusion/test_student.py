@@ -93,13 +93,13 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 def test_one_leading_step_is_refused_and_says_what_to_do() -> None:
     for spacing in ("leading", "linspace"):
-        with pytest.raises(ValueError, match=r"input noise itself: take num_steps 4 .* trailing"):
+        with pytest.raises(ValueError, match=r"input noise itself: .*trailing"):
             student_timesteps(SCHEDULE, 1, spacing)
     assert student_timesteps(SCHEDULE, 1, "trailing").tolist() == [999]
 
 
 COLLECTIVE = re.compile(
-    r"= \S*?\[([\d,]*)\]\S* (all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)\b"
+    r" (all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)(?:-start)?\("
 )
 
 

@@ -71,8 +71,7 @@ def test_large_parameters_and_their_moments_are_split(results: dict) -> None:
 
 def test_data_parallel_training_only_sums_gradients(results: dict) -> None:
     """No activation and no parameter is gathered or moved: all-reduces alone."""
-    found = COLLECTIVE.findall(results["8 x 1"][2].as_text())
-    assert {kind for _, kind in found} == {"all-reduce"}
+    assert set(COLLECTIVE.findall(results["8 x 1"][2].as_text())) == {"all-reduce"}
 
 
 @pytest.mark.slow
@@ -89,7 +88,7 @@ def test_rules() -> None:
     mesh = make_mesh(2, 4)
     for path, shape, expected in (
         ("student/conv_in/kernel", (3, 3, 4, 16), PartitionSpec(None, None, None, "fsdp")),
-        ("student/conv_out/kernel", (3, 3, 16, 6), PartitionSpec(None, None, None, None)),
+        ("student/conv_out/kernel", (3, 3, 16, 6), PartitionSpec()),
         ("student_opt/1/0/mu/ff/kernel", (8, 32), PartitionSpec(None, "fsdp")),
         ("student/conv_in/bias", (16,), PartitionSpec()),
         ("lora/attn1/to_q/a", (16, 8), PartitionSpec()),

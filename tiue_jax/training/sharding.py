@@ -57,7 +57,8 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
         return REPLICATED
     aligned = (None,) * (len(shape) - len(spec)) + tuple(spec)
     fits = (n is None or size % mesh.shape[n] == 0 for n, size in zip(aligned, shape, strict=True))
-    return PartitionSpec(*(n if ok else None for n, ok in zip(aligned, fits, strict=True)))
+    split = tuple(n if ok else None for n, ok in zip(aligned, fits, strict=True))
+    return PartitionSpec(*split) if any(split) else REPLICATED
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
