@@ -24,6 +24,8 @@ from tiue_jax.diffusion.schedule import make_schedule
 from tiue_jax.io.errors import run_command
 from tiue_jax.models.variants import Variant, variant
 from tiue_jax.pretrained.folder import StableDiffusion, save_stable_diffusion
+from tiue_jax.pretrained.names import DIFFUSERS
+from tiue_jax.pretrained.parameters import ParamFile, to_device
 from tiue_jax.pretrained.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
@@ -49,10 +51,16 @@ def latent_data(
     return LatentData(np.concatenate(means), np.concatenate(stds), np.concatenate(ids), null_ids)
 
 
+def read_vae(networks: Variant, folder: Path) -> Any:
+    """Parameters of a VAE that was trained before, from a model folder's `vae/`."""
+    return ParamFile.open(networks.vae, "vae", folder, DIFFUSERS).read(np.float32, to_device)
+
+
 def define_flags() -> None:
     """Define this command's flags."""
     flags.DEFINE_string("workdir", "runs/tiny-sd", "folder of the states of unfinished stages")
     flags.DEFINE_string("out", "assets/tiny-sd", "folder to write the model to: new or empty")
+    flags.DEFINE_string("vae_from", None, "model folder whose VAE to take, instead of training one")
     flags.DEFINE_integer("num_scenes", 100_000, "scenes that the teacher is trained on", 1)
     flags.DEFINE_integer("seed", 0, "seed of everything")
 
@@ -70,9 +78,11 @@ def main(argv: Sequence[str]) -> None:
         vocab_size=text_encoder.vocab_size,
         max_length=text_encoder.max_length,
     )
-    rng = np.random.default_rng(seed + 1)
-    images = render(sample_scenes(rng, VAE_SCENES))
-    params = {"vae": train_vae(networks.vae, images, workdir, seed)}
+    if FLAGS.vae_from:
+        params = {"vae": read_vae(networks, Path(FLAGS.vae_from) / "vae")}
+    else:
+        images = render(sample_scenes(np.random.default_rng(seed + 1), VAE_SCENES))
+        params = {"vae": train_vae(networks.vae, images, workdir, seed)}
     data = latent_data(networks, params["vae"], tokenizer, FLAGS.num_scenes, seed)
     params |= train_teacher(networks.unet, text_encoder, schedule, data, workdir, seed)
     model = StableDiffusion(

@@ -98,7 +98,7 @@ def test_trajectory_is_that_of_diffusers(
     for t in theirs.timesteps:
         output = stand_in(x, float(t) * torch.ones(()).double(), torch.sin, torch.cos)
         x = theirs.step(output, t, x).prev_sample
-    # fp32 steps, in units of the largest value; worst seen WORST_TRAJECTORY.
+    # fp32 steps, in units of the largest value.
     np.testing.assert_allclose(ours, x.numpy(), atol=1e-5 * float(x.abs().max()))
 
 

@@ -49,10 +49,10 @@ def test_parallel_decoders_are_a_loop_and_the_closed_form_is_stepping(num_steps:
         zip(timesteps, *step_coefficients(SCHEDULE, timesteps), strict=True)
     ):
         alone = decode(jnp.full((3,), t))
-        # fp32, other order of sums; worst seen WORST_VMAP.
+        # fp32, other order of sums.
         np.testing.assert_allclose(eps[:, i], alone, atol=1e-5)
         x = ddim_step(x, alone, c, d)
-    # of latents up to 50; worst seen WORST_STEPPING relative to the largest.
+    # of latents up to 50.
     np.testing.assert_allclose(x0, x, atol=1e-5 * float(jnp.abs(x).max()))
 
 

@@ -45,10 +45,10 @@ def results() -> dict:
 def test_eight_devices_are_one(results: dict, name: str) -> None:
     one, many = results["1 device"], results[name]
     for key, value in one[1].items():
-        # fp32 sums in another order; worst seen WORST_METRIC.
+        # fp32 sums in another order.
         assert float(many[1][key]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), key
     # A share of the learning rate; entries without a gradient but noise make whole steps, two of
-    # them at most; worst seen WORST_STATE.
+    # them at most.
     for network, lr in (("student", 1e-2), ("ema", 1e-2), ("lora", 1e-2)):
         difference = jax.tree.map(
             lambda a, b: np.abs(np.asarray(a) - np.asarray(b)),

@@ -100,7 +100,7 @@ def test_student_clips_steps_and_averages() -> None:
     updates, _ = update(gradients["student"], state.student_opt, state.student)
     # Adam's first step is lr times the sign of almost every entry.
     assert largest(updates) == pytest.approx(OPTIONS.student_lr, rel=1e-3)
-    # The same arithmetic, fused otherwise; worst seen WORST_UPDATE.
+    # The same arithmetic, fused otherwise.
     assert distance(new.student, optax.apply_updates(state.student, updates)) < 1e-6
     assert equal(new.ema, new.student) and float(metrics["ema/decay"]) == 0.0
     newer, metrics, _ = jitted()(new, frozen(), ids(2), KEY)
@@ -139,7 +139,7 @@ def test_below_the_threshold_the_lora_loss_takes_the_null_prompt_for_the_whole_b
         at_step = state.replace(step=jnp.asarray(i, jnp.int32))
         new, metrics, _ = jitted()(at_step, frozen(), ids(2), KEY)
         found = float(metrics["loss/lora"])
-        # fp32, another program; worst seen WORST_NULL.
+        # fp32, another program.
         assert found == pytest.approx(float(expected(draws, taken, state.student)), rel=1e-5)
         assert found != pytest.approx(float(expected(draws, other, state.student)), rel=1e-4)
         assert found != pytest.approx(float(expected(draws, taken, new.student)), rel=1e-4)
@@ -168,8 +168,8 @@ def test_rematerialisation_changes_no_number() -> None:
     run = jax.jit(step(with_gradients=True, remat=True), compiler_options=small_step.FAST)
     _, metrics, gradients = run(state, frozen(), ids(2), KEY)
     _, same_metrics, same = jitted()(state, frozen(), ids(2), KEY)
-    assert distance(metrics, same_metrics) < 1e-4  # of norms up to 10; worst seen WORST_REMAT_M
-    assert distance(gradients, same) < 1e-4  # fp32, fused otherwise; worst seen WORST_REMAT
+    assert distance(metrics, same_metrics) < 1e-4  # of norms up to 10
+    assert distance(gradients, same) < 1e-4  # fp32, fused otherwise
 
 
 def test_bfloat16_with_rematerialisation_computes_in_half_and_learns_in_full() -> None:
@@ -181,7 +181,7 @@ def test_bfloat16_with_rematerialisation_computes_in_half_and_learns_in_full() -
     arrays = (new.student, new.ema, new.lora, gradients, metrics)
     assert {x.dtype for x in jax.tree.leaves(arrays)} == {jnp.dtype(jnp.float32)}
     for name in ("loss/kl", "loss/lora", "grad_norm/student"):
-        # Three significant digits of bfloat16 through the network; worst seen WORST_BF16.
+        # Three significant digits of bfloat16 through the network.
         assert float(metrics[name]) == pytest.approx(float(full[name]), rel=0.1), name
 
 
