@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from tiue_jax.models.unet import UNet
 
 SIZE, TOKENS, WIDTH = 8, 5, 16  # latents 8x8, context 5 x 16
+FAST = {"xla_backend_optimization_level": 0}  # of XLA on a CPU: half the time to compile
 
 
 def small_unet(**changes: Any) -> UNet:
@@ -27,15 +28,19 @@ def small_unet(**changes: Any) -> UNet:
 @cache
 def small_params(seed: int = 0) -> dict:
     """Random parameters of `small_unet()`, biases and norms too, so that nothing is 0 or 1."""
-    keys = jax.random.split(jax.random.key(seed))
-    x, t, context = inputs(1)[0], jnp.zeros((1,), jnp.int32), inputs(1)[1]
-    params = jax.jit(small_unet().init)(keys[0], x, t, context)["params"]
-    leaves, tree = jax.tree.flatten(params)
-    noise = jax.random.split(keys[1], len(leaves))
-    return jax.tree.unflatten(
-        tree,
-        [p + 0.05 * jax.random.normal(k, p.shape) for p, k in zip(leaves, noise, strict=True)],
-    )
+    x, context = inputs(1)
+
+    def init(key: jax.Array) -> dict:
+        k_init, k_noise = jax.random.split(key)
+        t = jnp.zeros((1,), jnp.int32)
+        leaves, tree = jax.tree.flatten(small_unet().init(k_init, x, t, context)["params"])
+        keys = jax.random.split(k_noise, len(leaves))
+        noisy = (
+            p + 0.05 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)
+        )
+        return jax.tree.unflatten(tree, noisy)
+
+    return jax.jit(init, compiler_options=FAST)(jax.random.key(seed))
 
 
 def inputs(batch: int, seed: int = 1) -> tuple[jax.Array, jax.Array]:

@@ -98,7 +98,7 @@ def test_trajectory_is_that_of_diffusers(
     for t in theirs.timesteps:
         output = stand_in(x, float(t) * torch.ones(()).double(), torch.sin, torch.cos)
         x = theirs.step(output, t, x).prev_sample
-    # fp32 steps, in units of the largest value.
+    # fp32 steps, in units of the largest value; worst seen 1.8e-6.
     np.testing.assert_allclose(ours, x.numpy(), atol=1e-5 * float(x.abs().max()))
 
 
@@ -148,7 +148,7 @@ def test_sampling_with_guidance_and_without() -> None:
         return np.asarray(ddim_sample(unet, params, schedule, noise, context, null, **arguments))
 
     plain = sample(guided=False)
-    np.testing.assert_allclose(sample(), plain, atol=1e-5)  # fp32 steps; worst seen 1e-6
+    np.testing.assert_allclose(sample(), plain, atol=1e-5)  # fp32 steps; worst seen 2.4e-7
     for scale in (0.0, 3.0):
         assert np.abs(sample(guidance_scale=scale) - plain).max() > 0.1
     expected = ddim_loop(

@@ -139,7 +139,7 @@ def test_below_the_threshold_the_lora_loss_takes_the_null_prompt_for_the_whole_b
         at_step = state.replace(step=jnp.asarray(i, jnp.int32))
         new, metrics, _ = jitted()(at_step, frozen(), ids(2), KEY)
         found = float(metrics["loss/lora"])
-        # fp32, another program.
+        # fp32, another program; worst seen 0. The other prompt and the other student: 2.5 % off.
         assert found == pytest.approx(float(expected(draws, taken, state.student)), rel=1e-5)
         assert found != pytest.approx(float(expected(draws, other, state.student)), rel=1e-4)
         assert found != pytest.approx(float(expected(draws, taken, new.student)), rel=1e-4)
@@ -181,7 +181,7 @@ def test_bfloat16_with_rematerialisation_computes_in_half_and_learns_in_full() -
     arrays = (new.student, new.ema, new.lora, gradients, metrics)
     assert {x.dtype for x in jax.tree.leaves(arrays)} == {jnp.dtype(jnp.float32)}
     for name in ("loss/kl", "loss/lora", "grad_norm/student"):
-        # Three significant digits of bfloat16 through the network.
+        # Three significant digits of bfloat16 through the network; worst seen 2.1 %.
         assert float(metrics[name]) == pytest.approx(float(full[name]), rel=0.1), name
 
 
