@@ -20,11 +20,10 @@ from absl import flags
 from PIL import Image, ImageDraw
 
 from examples.tiny_sd.captions import Request
-from examples.tiny_sd.measure import evaluation_set, format_table, measure
+from examples.tiny_sd.measure import evaluation_set, format_table, measure, model_sampler
 from tiue_jax.io.errors import InputError, RunError, run_command
 from tiue_jax.io.files import write_atomic
 from tiue_jax.io.images import encode_png
-from tiue_jax.pretrained.pipeline import Pipeline, load_pipeline
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,19 +60,9 @@ def compare(
     rows, images = {}, {}
     for name, folder in models.items():
         print(f"measuring: {name} ({folder})", flush=True)
-        pipeline = load_pipeline(folder, batch_size=50)
         teacher = name.startswith("teacher")
-
-        def sample(
-            prompts: Sequence[str],
-            seeds: Sequence[int],
-            pipeline: Pipeline = pipeline,
-            teacher: bool = teacher,
-        ) -> np.ndarray:
-            if teacher:
-                return pipeline.sample_teacher(prompts, seeds, guidance_scale=TEACHER_GUIDANCE)
-            return pipeline.sample(prompts, seeds)
-
+        guidance = TEACHER_GUIDANCE if teacher else None
+        sample = model_sampler(folder, teacher=teacher, guidance_scale=guidance)
         rows[name], images[name] = measure(sample, requests)
     return rows, images
 

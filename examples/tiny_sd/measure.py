@@ -33,6 +33,7 @@ from tiue_jax.evaluation.frechet import frechet_distance
 from tiue_jax.evaluation.manifold import density_coverage, precision_recall
 from tiue_jax.io.errors import InputError, run_command
 from tiue_jax.io.files import write_atomic
+from tiue_jax.pretrained.pipeline import load_pipeline
 
 FLAGS = flags.FLAGS
 PROMPT_SEED, REFERENCE_SEED = 910_001, 910_002
@@ -210,11 +211,13 @@ def measure(
 
 
 def model_sampler(
-    folder: str, *, teacher: bool, num_steps: int | None, guidance_scale: float | None
+    folder: str | Path,
+    *,
+    teacher: bool,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
 ) -> SampleFn:
     """Sample from a model folder: a student in one pass, or a teacher by DDIM with guidance."""
-    from tiue_jax.pretrained.pipeline import load_pipeline
-
     pipeline = load_pipeline(folder, batch_size=BATCH)
     if teacher:
         options: dict[str, Any] = {"num_steps": num_steps or 25}

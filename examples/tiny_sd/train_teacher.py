@@ -51,13 +51,9 @@ def teacher_loss(
     x_t = schedule.add_noise(x0, eps, t)
     context = text_encoder.apply({"params": params["text_encoder"]}, input_ids)
     error = jnp.square(unet.apply({"params": params["unet"]}, x_t, t, context) - eps)
-    late = t >= steps // 2
-    half = error.mean(axis=(1, 2, 3))
-    metrics = {
-        "loss": error.mean(),
-        "loss_late": (half * late).sum() / late.sum(),
-    }
-    return error.mean(), metrics
+    loss, late = error.mean(), t >= steps // 2
+    loss_late = (error.mean(axis=(1, 2, 3)) * late).sum() / late.sum()
+    return loss, {"loss": loss, "loss_late": loss_late}
 
 
 def train_teacher(

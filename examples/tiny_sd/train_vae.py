@@ -9,15 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from examples.tiny_sd.fit import fit
+from examples.tiny_sd.reader import to_pixels
 from tiue_jax.models.vae import AutoencoderKL
 
 ITERATIONS, BATCH_SIZE, LEARNING_RATE = 8000, 16, 2e-3
 KL_WEIGHT = 1e-3  # per latent entry, against the mean absolute error of a pixel
-
-
-def to_pixels(images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b h w 3"]:
-    """uint8 images to pixels in [-1, 1]."""
-    return images.astype(np.float32) / 127.5 - 1.0
 
 
 def vae_loss(

@@ -9,11 +9,12 @@ from flax import linen as nn
 from examples.tiny_sd import fit as fit_module
 from examples.tiny_sd.demo import draw_comparison
 from examples.tiny_sd.fit import chunks_of, fit
+from examples.tiny_sd.reader import to_pixels
 from examples.tiny_sd.render import render
 from examples.tiny_sd.scenes import sample_scenes
 from examples.tiny_sd.train import latent_data, read_vae
 from examples.tiny_sd.train_teacher import teacher_loss
-from examples.tiny_sd.train_vae import encode, to_pixels, whiten
+from examples.tiny_sd.train_vae import encode, whiten
 from tests.conftest import ROOT
 from tiue_jax.diffusion.schedule import make_schedule
 from tiue_jax.models.unet import UNet

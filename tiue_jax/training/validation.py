@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from tiue_jax.diffusion.ddim import closed_form
+from tiue_jax.diffusion.images import decode_images
 from tiue_jax.diffusion.student import student_forward
 from tiue_jax.pretrained.folder import StableDiffusion
 from tiue_jax.training.options import StepOptions
@@ -45,9 +46,7 @@ def make_validation(
 
     def draw(student: Any, vae: Any, context: Array, noise: Array) -> UInt8[Array, "n h w 3"]:
         x0, _ = student_forward(sd.unet, student, noise, context, timesteps, t_enc, S, E)
-        vae_latents = x0 / sd.vae.scaling_factor
-        pixels = sd.vae.apply({"params": vae}, vae_latents, method="decode")
-        return jnp.clip(pixels * 127.5 + 128.0, 0, 255).astype(jnp.uint8)
+        return decode_images(sd.vae, vae, x0)
 
     def start_noise(key: PRNGKeyArray) -> Float[Array, "n h w c"]:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(ids)))
