@@ -82,7 +82,13 @@ def ids(batch: int) -> jax.Array:
     return (jnp.arange(batch * TOKENS, dtype=jnp.int32) * 7 % WORDS).reshape(batch, TOKENS)
 
 
-def step(options: StepOptions = OPTIONS, *, with_gradients: bool = False, **unet_options: Any):
+def step(
+    options: StepOptions = OPTIONS,
+    *,
+    with_gradients: bool = False,
+    lora_only: bool = False,
+    **unet_options: Any,
+):
     """The uncompiled step."""
     return make_step(
         unet(**unet_options),
@@ -90,6 +96,7 @@ def step(options: StepOptions = OPTIONS, *, with_gradients: bool = False, **unet
         make_schedule(),
         options,
         with_gradients=with_gradients,
+        lora_only=lora_only,
     )
 
 

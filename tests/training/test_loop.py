@@ -33,11 +33,15 @@ class ToyStep:
     def __init__(self, nan_at: int = -1) -> None:
         self.nan_at = nan_at
 
-    def __call__(self, unet: Any, text_encoder: Any, schedule: Any, options: Any):
+    def __call__(
+        self, unet: Any, text_encoder: Any, schedule: Any, options: Any, *, lora_only: bool
+    ):
         def step(state: Any, frozen: Any, input_ids: jax.Array, key: jax.Array):
             noise = jax.random.normal(jax.random.fold_in(key, state.step))
             loss = jnp.mean(input_ids.astype(jnp.float32)) * 1e-3 + noise
             loss = jnp.where(state.step + 1 == self.nan_at, jnp.nan, loss)
+            if lora_only:
+                return state.replace(step=state.step + 1), {"loss/lora": noise}
             student = jax.tree.map(lambda p: p - options.student_lr * loss, state.student)
             ema = update_ema(state.ema, student, jnp.float32(0.5))
             state = state.replace(step=state.step + 1, student=student, ema=ema)
@@ -153,6 +157,15 @@ def test_a_longer_run_goes_on_and_keeps_the_earlier_student(config, finished: Pa
     train(config, workdir)  # at once
     assert logged(workdir) == logged(finished)
     assert_same(restore_params(workdir), restore_params(finished))
+
+
+def test_in_the_warm_up_the_lora_learns_alone(config, finished: Path, workdir: Path):
+    config.train.lora_warmup = 2
+    train(config, workdir)
+    assert ["loss/vsd" in line for line in logged(workdir)] == [False, False, True, True]
+    # Iteration i draws what it draws without a warm-up.
+    assert logged(workdir)[2]["loss/vsd"] == logged(finished)[2]["loss/vsd"]
+    assert logged(workdir)[0]["loss/lora"] == logged(finished)[0]["loss/lora"]
 
 
 def test_no_iterations_export_the_teacher(config, workdir: Path):

@@ -31,8 +31,9 @@ def test_window_averages_and_begins_anew():
     made = window(1, 2, 6)
     assert made.means() == {"loss/vsd": 3.0, "grad_norm/lora": 1.0}
     assert made.means() == {}
-    made.append(4, {"loss/vsd": jnp.float32(5)})
-    assert made.means() == {"loss/vsd": 5.0}
+    made.append(4, {"loss/lora": jnp.float32(7)})
+    made.append(5, {"loss/vsd": jnp.float32(5), "loss/lora": jnp.float32(9)})
+    assert made.means() == {"loss/vsd": 5.0, "loss/lora": 8.0}
 
 
 @pytest.mark.parametrize(("bad", "shown"), [(float("nan"), "nan"), (float("inf"), "inf")])

@@ -42,6 +42,7 @@ class Setup:
         start: key -> the state before the first iteration, laid out on the mesh.
         abstract: that state as shapes with shardings: what a checkpoint is restored into.
         iterate: one iteration, jitted: (state, frozen, input_ids, key) -> (state, metrics).
+        warm_up: the same for the first `options.lora_warmup` iterations.
         batches, tokenize: the prompts, endless, and what turns them into token ids.
         description: what the run is, as its checkpoints say it (JSON).
     """
@@ -53,6 +54,7 @@ class Setup:
     start: Callable[[PRNGKeyArray], TrainState]
     abstract: TrainState
     iterate: Iterate
+    warm_up: Iterate
     prompts: Prompts
     tokenize: CutReport
     batches: grain.DatasetIterator
@@ -82,7 +84,10 @@ def set_up(config: ConfigDict, say: Callable[[str], None]) -> Setup:
     options = step_options(config, sd.latent_size)
     with _blame("teacher or student"):
         unet = sd.unet.clone(remat=config.train.remat)
-        step = make_step(unet, sd.text_encoder, sd.schedule, options)
+        step, warm_up = (
+            make_step(unet, sd.text_encoder, sd.schedule, options, lora_only=lora_only)
+            for lora_only in (False, True)
+        )
     frozen = sharding.shard(
         Frozen(
             sd.params.pop("unet"), sd.params["text_encoder"], jnp.asarray(sd.tokenizer.null_ids)
@@ -108,6 +113,7 @@ def set_up(config: ConfigDict, say: Callable[[str], None]) -> Setup:
         start=start,
         abstract=abstract,
         iterate=sharding.jit_step(step, mesh, abstract, frozen),
+        warm_up=sharding.jit_step(warm_up, mesh, abstract, frozen),
         prompts=prompts,
         tokenize=tokenize,
         batches=batches,

@@ -63,12 +63,15 @@ class Window:
                     raise RunError(f"step {step}: {name} is {float(value)}")
 
     def means(self) -> dict[str, float]:
-        """Check, return the mean of every metric, and begin a new window. {} for an empty one."""
+        """Check, return the mean of every metric, and begin a new window. {} for an empty one.
+
+        An iteration that lacks a metric does not count for it.
+        """
         self.check()
-        names = sorted(self._values[0]) if self._values else []
+        names = sorted({name for values in self._values for name in values})
         means = {
             name: clu_metrics.Average.from_model_output(
-                np.asarray([values[name] for values in self._values], np.float32)
+                np.asarray([v[name] for v in self._values if name in v], np.float32)
             ).compute()
             for name in names
         }
