@@ -18,6 +18,7 @@ from tiue_jax.io.files import write_atomic
 
 LOG_EVERY = 50  # iterations
 
+OptimizerFactory = Callable[[optax.Schedule], optax.GradientTransformation]
 Loss = Callable[[Any, Any, PRNGKeyArray], tuple[Float[Array, ""], dict[str, Array]]]
 
 
@@ -31,6 +32,11 @@ class FitState:
     step: Array
 
 
+def adam(learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """Adam with the short memory of squares that short trainings want."""
+    return optax.adam(learning_rate, b2=0.99)
+
+
 def fit(
     name: str,
     loss: Loss,
@@ -41,10 +47,11 @@ def fit(
     learning_rate: float,
     folder: Path,
     seed: int,
+    optimizer: OptimizerFactory = adam,
     ema_decay: float = 0.999,
     save_every: int = 500,
 ) -> Any:
-    """Minimise `loss` with Adam, warm-up and cosine decay; returns the EMA parameters.
+    """Minimise `loss` with warm-up and cosine decay; returns the EMA parameters.
 
     Args:
         name: of the stage; its state is kept in folder/name.msgpack, and gone on from if there.
@@ -56,8 +63,8 @@ def fit(
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, min(200, iterations // 10 + 1), iterations, learning_rate * 0.01
     )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
-    state = FitState(params, params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    chain = optax.chain(optax.clip_by_global_norm(1.0), optimizer(schedule))
+    state = FitState(params, params, chain.init(params), jnp.zeros((), jnp.int32))
     path = folder / f"{name}.msgpack"
     if path.exists():
         state = jax.tree.map(jnp.asarray, serialization.from_bytes(state, path.read_bytes()))
@@ -67,7 +74,7 @@ def fit(
     def update(state: FitState, batch: Any) -> tuple[FitState, dict[str, Array]]:
         step_key = jax.random.fold_in(key, state.step)
         grads, metrics = jax.grad(loss, has_aux=True)(state.params, batch, step_key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = chain.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)

@@ -6,6 +6,7 @@ An interrupted run goes on where it was: run the same command again. Everything 
 seed. The result is an ordinary Stable Diffusion folder in the diffusers layout, in fp16.
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from examples.tiny_sd.render import render
 from examples.tiny_sd.scenes import sample_scenes
 from examples.tiny_sd.tokenizer import build_tokenizer
 from examples.tiny_sd.train_teacher import LatentData, train_teacher
-from examples.tiny_sd.train_vae import encode, train_vae
+from examples.tiny_sd.train_vae import encode, train_decoder, train_vae
 from tiue_jax.diffusion.schedule import make_schedule
 from tiue_jax.io.errors import run_command
+from tiue_jax.io.files import write_atomic
 from tiue_jax.models.variants import Variant, variant
 from tiue_jax.pretrained.folder import StableDiffusion, save_stable_diffusion
 from tiue_jax.pretrained.names import DIFFUSERS
@@ -51,6 +53,19 @@ def latent_data(
     return LatentData(np.concatenate(means), np.concatenate(stds), np.concatenate(ids), null_ids)
 
 
+def save_latents(path: Path, data: LatentData) -> None:
+    """Keep the encoded data set, for a run that was interrupted and goes on."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **data._asdict())
+    write_atomic(path, buffer.getvalue())
+
+
+def load_latents(path: Path) -> LatentData:
+    """Read what `save_latents` wrote."""
+    with np.load(path) as arrays:
+        return LatentData(**arrays)
+
+
 def read_vae(networks: Variant, folder: Path) -> Any:
     """Parameters of a VAE that was trained before, from a model folder's `vae/`."""
     return ParamFile.open(networks.vae, "vae", folder, DIFFUSERS).read(np.float32, to_device)
@@ -61,7 +76,13 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", "runs/tiny-sd", "folder of the states of unfinished stages")
     flags.DEFINE_string("out", "assets/tiny-sd", "folder to write the model to: new or empty")
     flags.DEFINE_string("vae_from", None, "model folder whose VAE to take, instead of training one")
-    flags.DEFINE_integer("num_scenes", 100_000, "scenes that the teacher is trained on", 1)
+    flags.DEFINE_enum(
+        "only",
+        None,
+        ["decoder", "teacher"],
+        "train this stage alone and write no model: the two can run at the same time",
+    )
+    flags.DEFINE_integer("num_scenes", 60_000, "scenes that the teacher is trained on", 1)
     flags.DEFINE_integer("seed", 0, "seed of everything")
 
 
@@ -78,13 +99,23 @@ def main(argv: Sequence[str]) -> None:
         vocab_size=text_encoder.vocab_size,
         max_length=text_encoder.max_length,
     )
+    images = render(sample_scenes(np.random.default_rng(seed + 1), VAE_SCENES))
     if FLAGS.vae_from:
-        params = {"vae": read_vae(networks, Path(FLAGS.vae_from) / "vae")}
+        vae_params = read_vae(networks, Path(FLAGS.vae_from) / "vae")
     else:
-        images = render(sample_scenes(np.random.default_rng(seed + 1), VAE_SCENES))
-        params = {"vae": train_vae(networks.vae, images, workdir, seed)}
-    data = latent_data(networks, params["vae"], tokenizer, FLAGS.num_scenes, seed)
-    params |= train_teacher(networks.unet, text_encoder, schedule, data, workdir, seed)
+        vae_params = train_vae(networks.vae, images, workdir, seed)
+    params: dict[str, Any] = {}
+    if FLAGS.only != "teacher":
+        params["vae"] = train_decoder(networks.vae, vae_params, images, workdir, seed)
+    if FLAGS.only != "decoder":
+        latents = workdir / "latents.npz"
+        if not latents.exists():
+            data = latent_data(networks, vae_params, tokenizer, FLAGS.num_scenes, seed)
+            save_latents(latents, data)
+        data = load_latents(latents)
+        params |= train_teacher(networks.unet, text_encoder, schedule, data, workdir, seed)
+    if FLAGS.only:
+        return
     model = StableDiffusion(
         unet=networks.unet,
         vae=networks.vae,

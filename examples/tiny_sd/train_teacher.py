@@ -13,7 +13,7 @@ from tiue_jax.diffusion.schedule import NoiseSchedule
 from tiue_jax.models.clip import CLIPTextEncoder
 from tiue_jax.models.unet import UNet
 
-ITERATIONS, BATCH_SIZE, LEARNING_RATE = 9000, 32, 1e-3
+ITERATIONS, BATCH_SIZE, LEARNING_RATE = 6000, 32, 1e-3
 NULL_PROMPT_PROB = 0.1  # of the captions are emptied, so that the teacher can be guided
 
 

@@ -1,4 +1,7 @@
-"""Stage 1: the VAE of the embedded teacher, trained on rendered scenes."""
+"""Stage 1: the VAE of the embedded teacher, trained on rendered scenes; then its decoder alone.
+
+The second part keeps the latents as they are: the teacher can be trained on them meanwhile.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,14 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from examples.tiny_sd.fit import fit
 from examples.tiny_sd.reader import to_pixels
 from tiue_jax.models.vae import AutoencoderKL
 
-ITERATIONS, BATCH_SIZE, LEARNING_RATE = 8000, 16, 2e-3
+ITERATIONS, BATCH_SIZE, LEARNING_RATE = 4000, 16, 2e-3
 KL_WEIGHT = 1e-3  # per latent entry, against the mean absolute error of a pixel
+DECODER_ITERATIONS, DECODER_LEARNING_RATE = 2000, 2e-3
+DECODER = ("decoder", "post_quant_conv")  # the part of the parameters behind the latents
 
 
 def vae_loss(
@@ -49,6 +55,72 @@ def train_vae(
         ema_decay=0.995,
     )
     return whiten(vae, params, images[:4096])
+
+
+def decoder_loss(
+    vae: AutoencoderKL,
+    params: Any,
+    fixed: Any,
+    pixels: Float[Array, "b h w 3"],
+    key: PRNGKeyArray,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """mean |r - pixels| + 0.5 mean squared + mean |difference of neighbours' errors|.
+
+    The last term weighs edges: shapes are told apart by their outlines, most pixels are flat.
+
+    Args:
+        params: of the DECODER part, which is trained.
+        fixed: all others.
+    """
+    mean, logvar = vae.apply({"params": fixed | params}, pixels, method=vae.encode)
+    latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    latents = jax.lax.stop_gradient(latents)
+    error = vae.apply({"params": fixed | params}, latents, method=vae.decode) - pixels
+    l1, l2 = jnp.abs(error).mean(), jnp.square(error).mean()
+    edges = jnp.abs(jnp.diff(error, axis=1)).mean() + jnp.abs(jnp.diff(error, axis=2)).mean()
+    return l1 + 0.5 * l2 + edges, {"l1": l1, "l2": l2, "edges": edges}
+
+
+def train_decoder(
+    vae: AutoencoderKL, params: Any, images: UInt8[np.ndarray, "n h w 3"], folder: Path, seed: int
+) -> Any:
+    """Train the decoder further under an encoder that stays; returns all parameters."""
+    fixed = {name: tree for name, tree in params.items() if name not in DECODER}
+
+    def batch_of(rng: np.random.Generator) -> Float[np.ndarray, "b h w 3"]:
+        return to_pixels(images[rng.integers(len(images), size=BATCH_SIZE)])
+
+    trained = fit(
+        "vae_decoder",
+        lambda params, batch, key: decoder_loss(vae, params, fixed, batch, key),
+        {name: params[name] for name in DECODER},
+        batch_of,
+        iterations=DECODER_ITERATIONS,
+        learning_rate=DECODER_LEARNING_RATE,
+        optimizer=muon,
+        folder=folder,
+        seed=seed,
+        ema_decay=0.995,
+    )
+    return fixed | trained
+
+
+def muon(learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """Muon for kernels (convolutions as [inputs, outputs] matrices), Adam for the rest.
+
+    Steps have the size of Adam's (`consistent_rms`), so that one learning rate serves both.
+    """
+
+    def matrices(params: Any) -> Any:
+        def axes(param: Array) -> optax.contrib.MuonDimensionNumbers | None:
+            last = param.ndim - 1
+            return optax.contrib.MuonDimensionNumbers(range(last), (last,)) if last else None
+
+        return jax.tree.map(axes, params)
+
+    return optax.contrib.muon(
+        learning_rate, muon_weight_dimension_numbers=matrices, consistent_rms=0.2, adam_b2=0.99
+    )
 
 
 def encode(

@@ -7,14 +7,15 @@ import pytest
 from flax import linen as nn
 
 from examples.tiny_sd import fit as fit_module
+from examples.tiny_sd import train_vae as train_vae_module
 from examples.tiny_sd.demo import draw_comparison
 from examples.tiny_sd.fit import chunks_of, fit
 from examples.tiny_sd.reader import to_pixels
 from examples.tiny_sd.render import render
 from examples.tiny_sd.scenes import sample_scenes
-from examples.tiny_sd.train import latent_data, read_vae
-from examples.tiny_sd.train_teacher import teacher_loss
-from examples.tiny_sd.train_vae import encode, whiten
+from examples.tiny_sd.train import latent_data, load_latents, read_vae, save_latents
+from examples.tiny_sd.train_teacher import LatentData, teacher_loss
+from examples.tiny_sd.train_vae import decoder_loss, encode, muon, train_decoder, whiten
 from tests.conftest import ROOT
 from tiue_jax.diffusion.schedule import make_schedule
 from tiue_jax.models.unet import UNet
@@ -60,6 +61,66 @@ def test_pixels_span_minus_one_to_one():
     assert to_pixels(np.array([[[[0, 255, 51]]]], np.uint8)).tolist() == [
         [[[-1.0, 1.0, pytest.approx(-0.6)]]]
     ]
+
+
+def test_training_the_decoder_leaves_the_latents_as_they_are(
+    images, vae_params, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_vae_module, "DECODER_ITERATIONS", 2)
+    after = train_decoder(VAE, vae_params, images, tmp_path, seed=0)
+    assert jax.tree.structure(after) == jax.tree.structure(vae_params)
+    for name in ("encoder", "quant_conv"):
+        jax.tree.map(np.testing.assert_array_equal, after[name], vae_params[name])
+    moved = jax.tree.map(
+        lambda a, b: bool(np.any(a != b)), after["decoder"]["conv_out"], dict(
+            vae_params["decoder"]["conv_out"]
+        )
+    )  # fmt: skip
+    assert all(jax.tree.leaves(moved))
+
+
+class Shifted(nn.Module):
+    """A VAE whose reconstruction is the picture plus what its parameter says."""
+
+    def encode(self, pixels):
+        return pixels, jnp.full_like(pixels, -1e4)
+
+    @nn.compact
+    def decode(self, latents):
+        return (
+            latents + self.param("decoder", nn.initializers.zeros_init(), latents.shape[1:])[None]
+        )
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (np.full((4, 4, 1), 0.5), 0.5 + 0.5 * 0.25),  # flat: no edges
+        # columns -.5, .5, -.5, .5: neighbours in a row differ by 1, in a column by nothing
+        (np.tile([[-0.5], [0.5]], (4, 2, 1)), 0.5 + 0.5 * 0.25 + 1.0),
+    ],
+)
+def test_the_decoder_s_loss_by_hand(error, expected):
+    params = {"decoder": jnp.asarray(error, jnp.float32)}
+    pixels = jnp.zeros((2, 4, 4, 1))
+    loss, _ = decoder_loss(Shifted(), params, {}, pixels, jax.random.key(0))
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+def test_muon_s_steps_are_as_large_as_adam_s_and_orthogonal_for_kernels():
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 4, 8)) @ jnp.diag(jnp.arange(1.0, 9.0))
+    params = {"kernel": jnp.zeros((3, 3, 4, 8)), "bias": jnp.zeros(8)}
+    optimizer = muon(lambda count: 0.1)
+    gradients = {"kernel": kernel, "bias": jnp.ones(8)}
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    # Adam's first step is the learning rate; Nesterov's momentum makes it larger
+    assert np.all((updates["bias"] < -0.1) & (updates["bias"] > -0.2))
+    assert float(jnp.sqrt(jnp.mean(updates["kernel"] ** 2))) == pytest.approx(0.02, rel=0.2)
+    before, after = (
+        np.linalg.svd(np.reshape(a, (36, 8)), compute_uv=False) for a in (kernel, updates["kernel"])
+    )
+    assert before[0] / before[-1] > 5
+    assert after[0] / after[-1] < 2  # Newton-Schulz: singular values between .7 and 1.2
 
 
 class NoNoise(nn.Module):
@@ -166,6 +227,21 @@ def test_latent_data_has_captions_of_its_own_pictures(vae_params):
     assert data.std.min() > 0
     # captions 0..2 are the scenes' first, 3..5 their second
     assert data.input_ids[:, :, 0].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_encoded_data_can_be_kept(tmp_path):
+    rng = np.random.default_rng(0)
+    data = LatentData(
+        rng.normal(size=(3, 2, 2, 4)).astype(np.float16),
+        rng.random((3, 2, 2, 4)).astype(np.float16),
+        rng.integers(700, size=(3, 2, 77)).astype(np.uint16),
+        np.arange(77),
+    )
+    save_latents(tmp_path / "latents.npz", data)
+    again = load_latents(tmp_path / "latents.npz")
+    for kept, was in zip(again, data, strict=True):
+        np.testing.assert_array_equal(kept, was)
+        assert kept.dtype == was.dtype
 
 
 def test_a_trained_vae_can_be_taken_over():
