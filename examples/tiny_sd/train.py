@@ -40,17 +40,16 @@ def latent_data(
 ) -> LatentData:
     """Render, caption and encode `num_scenes` scenes, a chunk at a time."""
     rng = np.random.default_rng(seed + 2)
-    means, stds, ids = [], [], []
+    latents, ids = [], []
     for size in chunks_of(num_scenes, CHUNK, "encode"):
         scenes = sample_scenes(rng, size)
-        mean, logvar = encode(networks.vae, vae_params, render(scenes))
-        means.append((mean * networks.vae.scaling_factor).astype(np.float16))
-        stds.append((np.exp(0.5 * logvar) * networks.vae.scaling_factor).astype(np.float16))
+        mean, _ = encode(networks.vae, vae_params, render(scenes))
+        latents.append((mean * networks.vae.scaling_factor).astype(np.float16))
         texts = [caption(scene, rng) for _ in range(CAPTIONS_PER_SCENE) for scene in scenes]
         tokens = tokenizer(texts).reshape(CAPTIONS_PER_SCENE, size, -1)
         ids.append(np.moveaxis(tokens, 0, 1).astype(np.uint16))
     null_ids = np.asarray(tokenizer.null_ids).reshape(-1)
-    return LatentData(np.concatenate(means), np.concatenate(stds), np.concatenate(ids), null_ids)
+    return LatentData(np.concatenate(latents), np.concatenate(ids), null_ids)
 
 
 def save_latents(path: Path, data: LatentData) -> None:
