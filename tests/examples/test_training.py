@@ -14,7 +14,7 @@ from examples.tiny_sd.reader import to_pixels
 from examples.tiny_sd.render import render
 from examples.tiny_sd.scenes import sample_scenes
 from examples.tiny_sd.train import latent_data, load_latents, read_vae, save_latents
-from examples.tiny_sd.train_teacher import LatentData, teacher_loss
+from examples.tiny_sd.train_teacher import MAX_WEIGHT, LatentData, teacher_loss
 from examples.tiny_sd.train_vae import decoder_loss, encode, muon, train_decoder, whiten
 from tests.conftest import ROOT
 from tiue_jax.diffusion.schedule import make_schedule
@@ -137,15 +137,20 @@ class Nothing(nn.Module):
         return jnp.zeros((*ids.shape, 4))
 
 
-def test_the_teacher_s_loss_of_no_prediction_is_the_noise_s_variance():
+def test_the_teacher_s_loss_of_no_prediction_is_the_noise_s_variance_times_the_weight():
+    schedule = make_schedule()
     params = {"unet": {}, "text_encoder": {}}
     batch = (jnp.zeros((256, 8, 8, 4)), jnp.zeros((256, 3), jnp.int32))
     loss, metrics = teacher_loss(
-        NoNoise(), Nothing(), make_schedule(), params, batch, jax.random.key(0)
-    )
+        NoNoise(), Nothing(), schedule, params, batch, jax.random.key(0)
+    )  # fmt: skip
     # 65,536 squares of N(0, 1): deviation .0055
-    assert float(loss) == pytest.approx(1.0, abs=0.03)
-    assert float(metrics["loss_late"]) == pytest.approx(1.0, abs=0.04)
+    assert float(metrics["plain"]) == pytest.approx(1.0, abs=0.03)
+    t = np.arange(1000)
+    weight = np.minimum(1 / schedule.alphas_cumprod, MAX_WEIGHT)
+    expected = (weight * (2 * t + 1)).sum() / 1000**2
+    assert 5 < expected < 12
+    assert float(loss) == pytest.approx(expected, rel=0.05)
 
 
 def test_the_teacher_learns_from_the_noisy_latents():
