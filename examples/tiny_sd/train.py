@@ -65,9 +65,10 @@ def load_latents(path: Path) -> LatentData:
         return LatentData(**arrays)
 
 
-def read_vae(networks: Variant, folder: Path) -> Any:
-    """Parameters of a VAE that was trained before, from a model folder's `vae/`."""
-    return ParamFile.open(networks.vae, "vae", folder, DIFFUSERS).read(np.float32, to_device)
+def read_part(networks: Variant, part: str, folder: Path) -> Any:
+    """Parameters of a part ("vae", "unet", "text_encoder") that was trained before."""
+    module = getattr(networks, part)
+    return ParamFile.open(module, part, folder / part, DIFFUSERS).read(np.float32, to_device)
 
 
 def define_flags() -> None:
@@ -75,6 +76,9 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", "runs/tiny-sd", "folder of the states of unfinished stages")
     flags.DEFINE_string("out", "assets/tiny-sd", "folder to write the model to: new or empty")
     flags.DEFINE_string("vae_from", None, "model folder whose VAE to take, instead of training one")
+    flags.DEFINE_string(
+        "teacher_from", None, "model folder whose UNet and text encoder to train further"
+    )
     flags.DEFINE_enum(
         "only",
         None,
@@ -100,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
     )
     images = render(sample_scenes(np.random.default_rng(seed + 1), VAE_SCENES))
     if FLAGS.vae_from:
-        vae_params = read_vae(networks, Path(FLAGS.vae_from) / "vae")
+        vae_params = read_part(networks, "vae", Path(FLAGS.vae_from))
     else:
         vae_params = train_vae(networks.vae, images, workdir, seed)
     params: dict[str, Any] = {}
@@ -112,7 +116,13 @@ def main(argv: Sequence[str]) -> None:
             data = latent_data(networks, vae_params, tokenizer, FLAGS.num_scenes, seed)
             save_latents(latents, data)
         data = load_latents(latents)
-        params |= train_teacher(networks.unet, text_encoder, schedule, data, workdir, seed)
+        start = None
+        if FLAGS.teacher_from:
+            start = {
+                part: read_part(networks, part, Path(FLAGS.teacher_from))
+                for part in ("unet", "text_encoder")
+            }
+        params |= train_teacher(networks.unet, text_encoder, schedule, data, workdir, seed, start)
     if FLAGS.only:
         return
     model = StableDiffusion(

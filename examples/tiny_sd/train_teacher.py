@@ -69,14 +69,22 @@ def train_teacher(
     data: LatentData,
     folder: Path,
     seed: int = 0,
+    start: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train both networks; returns the moving averages, {"unet": ..., "text_encoder": ...}."""
-    key_unet, key_text = jax.random.split(jax.random.key(seed))
-    ids = jnp.zeros((1, data.null_ids.shape[0]), jnp.int32)
-    text_params = text_encoder.init(key_text, ids)["params"]
-    context = jnp.zeros((1, ids.shape[1], text_encoder.hidden_size))
-    latents = jnp.zeros((1, *data.latents.shape[1:]))
-    unet_params = unet.init(key_unet, latents, jnp.zeros((1,), jnp.int32), context)["params"]
+    """Train both networks; returns the moving averages, {"unet": ..., "text_encoder": ...}.
+
+    Args:
+        start: their parameters to begin with, instead of random ones.
+    """
+    if start is None:
+        key_unet, key_text = jax.random.split(jax.random.key(seed))
+        ids = jnp.zeros((1, data.null_ids.shape[0]), jnp.int32)
+        context = jnp.zeros((1, ids.shape[1], text_encoder.hidden_size))
+        latents = jnp.zeros((1, *data.latents.shape[1:]))
+        start = {
+            "unet": unet.init(key_unet, latents, jnp.zeros((1,), jnp.int32), context)["params"],
+            "text_encoder": text_encoder.init(key_text, ids)["params"],
+        }
 
     def batch_of(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         rows = rng.integers(len(data.latents), size=BATCH_SIZE)
@@ -88,7 +96,7 @@ def train_teacher(
     return fit(
         "teacher",
         lambda params, batch, key: teacher_loss(unet, text_encoder, schedule, params, batch, key),
-        {"unet": unet_params, "text_encoder": text_params},
+        start,
         batch_of,
         iterations=ITERATIONS,
         learning_rate=LEARNING_RATE,

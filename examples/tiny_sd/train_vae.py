@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from optax import contrib
 
 from examples.tiny_sd.fit import fit
 from examples.tiny_sd.reader import to_pixels
@@ -112,13 +113,13 @@ def muon(learning_rate: optax.Schedule) -> optax.GradientTransformation:
     """
 
     def matrices(params: Any) -> Any:
-        def axes(param: Array) -> optax.contrib.MuonDimensionNumbers | None:
+        def axes(param: Array) -> contrib.MuonDimensionNumbers | None:
             last = param.ndim - 1
-            return optax.contrib.MuonDimensionNumbers(range(last), (last,)) if last else None
+            return contrib.MuonDimensionNumbers(range(last), (last,)) if last else None
 
         return jax.tree.map(axes, params)
 
-    return optax.contrib.muon(
+    return contrib.muon(
         learning_rate, muon_weight_dimension_numbers=matrices, consistent_rms=0.2, adam_b2=0.99
     )
 

@@ -13,7 +13,7 @@ from examples.tiny_sd.fit import chunks_of, fit
 from examples.tiny_sd.reader import to_pixels
 from examples.tiny_sd.render import render
 from examples.tiny_sd.scenes import sample_scenes
-from examples.tiny_sd.train import latent_data, load_latents, read_vae, save_latents
+from examples.tiny_sd.train import latent_data, load_latents, read_part, save_latents
 from examples.tiny_sd.train_teacher import MAX_WEIGHT, LatentData, teacher_loss
 from examples.tiny_sd.train_vae import decoder_loss, encode, muon, train_decoder, whiten
 from tests.conftest import ROOT
@@ -248,7 +248,7 @@ def test_encoded_data_can_be_kept(tmp_path):
 
 
 def test_a_trained_vae_can_be_taken_over():
-    params = read_vae(variant("tiny"), ROOT / "assets" / "tiny-sd" / "vae")
+    params = read_part(variant("tiny"), "vae", ROOT / "assets" / "tiny-sd")
     vae = variant("tiny").vae
     images = render(sample_scenes(np.random.default_rng(3), 8))
     mean, _ = encode(vae, params, images, batch_size=8)

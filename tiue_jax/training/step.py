@@ -219,9 +219,10 @@ def make_step(
                 num_train_timesteps=schedule.num_train_timesteps,
             )
         context, null = encode_prompts(text_encoder, frozen, input_ids)
+        metrics: Metrics = {}
+        student_grads: Mapping = {}
         if lora_only:
-            x0, metrics, student_grads = student(state.student, draws, context)[0], {}, {}
-            new = state
+            new, x0 = state, student(state.student, draws, context)[0]
         else:
             new, x0, metrics, student_grads = update_student(state, frozen, draws, context, null)
         new, lora_metrics, lora_grads = update_lora(new, frozen, draws, x0, context, null)
