@@ -107,7 +107,7 @@ def make_step(
     Args:
         with_gradients: return them too.
         lora_only: build that of the first `options.lora_warmup` iterations, in which the LoRA
-            teacher learns to follow a student that stays: a third of the cost.
+            teacher learns to follow a student that stays: no gradient of the student is taken.
 
     Returns:
         step(state, frozen, input_ids [b n], key, draws=None) -> (state, metrics): a pure function
