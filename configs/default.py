@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
     config.train.student_lr = 1e-6
     config.train.lora_lr = 1e-3
     config.train.lora_warmup = 0  # first iterations, in which the LoRA teacher learns alone
+    config.train.student_every = 1  # afterwards the student learns in every so-manieth iteration
     config.train.clip_grad_norm = 1.0  # global norm, student and LoRA each
     config.train.null_prompt_prob = 0.1  # how often the LoRA's loss sees the empty prompt
     config.train.ema_max_decay = 0.9999  # decay is min(this, (1 + n) / (10 + n)) after n updates

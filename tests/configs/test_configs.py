@@ -55,6 +55,7 @@ def test_papers_values(name: str):
         "kl.weight": 0.1, "kl.batch": 8,
         "train.iterations": 66_503, "train.batch_size": 64,
         "train.student_lr": 1e-6, "train.lora_lr": 1e-3, "train.lora_warmup": 0,
+        "train.student_every": 1,
         "train.clip_grad_norm": 1.0, "train.null_prompt_prob": 0.1, "train.ema_max_decay": 0.9999,
     }  # fmt: skip
     values = flatten(config)

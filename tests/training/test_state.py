@@ -67,6 +67,7 @@ def test_average() -> None:
         ({"num_steps": 0}, "num_steps 0: expected more than 0"),
         ({"lora_rank": 0}, "lora_rank 0: expected more than 0"),
         ({"lora_warmup": -1}, "lora_warmup -1"),
+        ({"student_every": 0}, "student_every 0"),
     ],
 )
 def test_options_out_of_range_are_refused(changes: dict, message: str) -> None:

@@ -34,6 +34,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "train.student_lr": (0, _INFINITY),
     "train.lora_lr": (0, _INFINITY),
     "train.lora_warmup": (0, _INFINITY),
+    "train.student_every": (1, _INFINITY),
     "train.clip_grad_norm": (1e-30, _INFINITY),
     "train.null_prompt_prob": (0, 1),
     "train.ema_max_decay": (0, 1 - 1e-9),
@@ -124,6 +125,7 @@ def step_options(config: ConfigDict, latent_size: int) -> StepOptions:
             lora_alpha=config.lora.alpha,
             lora_targets=tuple(config.lora.targets),
             lora_warmup=config.train.lora_warmup,
+            student_every=config.train.student_every,
             null_prompt_prob=config.train.null_prompt_prob,
             ema_max_decay=config.train.ema_max_decay,
         )

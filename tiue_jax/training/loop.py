@@ -79,7 +79,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         for step in range(start + 1, end + 1):
             ids = next(run.batches)["input_ids"]
             ids = jax.make_array_from_process_local_data(sharding.batch_sharding(run.mesh), ids)
-            iterate = run.warm_up if step <= run.options.lora_warmup else run.iterate
+            iterate = run.iterate_lora if run.options.is_lora_only(step) else run.iterate
             state, metrics = iterate(state, run.frozen, ids, key_draws)
             window.append(step, metrics)
             stop = stopping(step)

@@ -33,6 +33,8 @@ class StepOptions:
         clip_grad_norm: each network's gradient is scaled down to at most this global norm.
         lora_rank, lora_alpha, lora_targets: the LoRA teacher is kernel + alpha / rank * a b.
         lora_warmup: in the first so many iterations only the LoRA learns.
+        student_every: afterwards the student learns in every so-manieth iteration, the LoRA in all
+            of them, so that it can follow (arXiv 2405.14867 calls it two time scales).
         null_prompt_prob: probability that the LoRA loss takes the null prompt for the whole batch.
         ema_max_decay: upper bound of the moving average's decay (1 + n) / (10 + n).
 
@@ -60,6 +62,7 @@ class StepOptions:
     lora_alpha: Number = 108.0
     lora_targets: tuple[str, ...] = ("to_q", "to_v")
     lora_warmup: int = 0
+    student_every: int = 1
     null_prompt_prob: Number = 0.1
     ema_max_decay: float = 0.9999
 
@@ -80,11 +83,22 @@ class StepOptions:
                 raise ValueError(f"{name} {value}: expected more than 0")
         if self.lora_warmup < 0:
             raise ValueError(f"lora_warmup {self.lora_warmup}: expected at least 0")
+        if self.student_every < 1:
+            raise ValueError(f"student_every {self.student_every}: expected at least 1")
 
     @property
     def lora_scale(self) -> Number:
         """alpha / rank."""
         return self.lora_alpha / self.lora_rank
+
+    def student_updates(self, step: int | Array) -> int | Array:
+        """How often the student has learnt after `step` iterations."""
+        return (step - self.lora_warmup) // self.student_every
+
+    def is_lora_only(self, step: int) -> bool:
+        """Whether iteration `step` (from 1) is one in which only the LoRA learns."""
+        after = step - self.lora_warmup
+        return after <= 0 or after % self.student_every != 0
 
     def student_timesteps(self, schedule: NoiseSchedule) -> tuple[int, ...]:
         """The decoder timesteps t_1 > ... > t_K.

@@ -42,7 +42,7 @@ class Setup:
         start: key -> the state before the first iteration, laid out on the mesh.
         abstract: that state as shapes with shardings: what a checkpoint is restored into.
         iterate: one iteration, jitted: (state, frozen, input_ids, key) -> (state, metrics).
-        warm_up: the same for the first `options.lora_warmup` iterations.
+        iterate_lora: the same for those of `options.is_lora_only`.
         batches, tokenize: the prompts, endless, and what turns them into token ids.
         description: what the run is, as its checkpoints say it (JSON).
     """
@@ -54,7 +54,7 @@ class Setup:
     start: Callable[[PRNGKeyArray], TrainState]
     abstract: TrainState
     iterate: Iterate
-    warm_up: Iterate
+    iterate_lora: Iterate
     prompts: Prompts
     tokenize: CutReport
     batches: grain.DatasetIterator
@@ -84,7 +84,7 @@ def set_up(config: ConfigDict, say: Callable[[str], None]) -> Setup:
     options = step_options(config, sd.latent_size)
     with _blame("teacher or student"):
         unet = sd.unet.clone(remat=config.train.remat)
-        step, warm_up = (
+        step, lora_step = (
             make_step(unet, sd.text_encoder, sd.schedule, options, lora_only=lora_only)
             for lora_only in (False, True)
         )
@@ -113,7 +113,7 @@ def set_up(config: ConfigDict, say: Callable[[str], None]) -> Setup:
         start=start,
         abstract=abstract,
         iterate=sharding.jit_step(step, mesh, abstract, frozen),
-        warm_up=sharding.jit_step(warm_up, mesh, abstract, frozen),
+        iterate_lora=sharding.jit_step(lora_step, mesh, abstract, frozen),
         prompts=prompts,
         tokenize=tokenize,
         batches=batches,

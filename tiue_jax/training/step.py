@@ -106,8 +106,8 @@ def make_step(
 
     Args:
         with_gradients: return them too.
-        lora_only: build that of the first `options.lora_warmup` iterations, in which the LoRA
-            teacher learns to follow a student that stays: no gradient of the student is taken.
+        lora_only: build that of `options.is_lora_only`, in which the LoRA teacher learns to follow
+            a student that stays: no gradient of the student is taken.
 
     Returns:
         step(state, frozen, input_ids [b n], key, draws=None) -> (state, metrics): a pure function
@@ -170,7 +170,7 @@ def make_step(
         grads, (x0, metrics) = jax.grad(loss, has_aux=True)(state.student)
         updates, opt = student_optimizer.update(grads, state.student_opt, state.student)
         params: Any = optax.apply_updates(state.student, updates)
-        decay = ema_decay(state.step + 1 - options.lora_warmup, options.ema_max_decay)
+        decay = ema_decay(options.student_updates(state.step + 1), options.ema_max_decay)
         metrics |= {
             "grad_norm/student": optax.tree.norm(grads),
             "update_norm/student": optax.tree.norm(updates),
