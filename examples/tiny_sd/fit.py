@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from flax import serialization
 from jaxtyping import Array, Float, PRNGKeyArray
+from optax import contrib
 from tqdm import tqdm
 
 from tiue_jax.io.files import write_atomic
@@ -35,6 +36,25 @@ class FitState:
 def adam(learning_rate: optax.Schedule) -> optax.GradientTransformation:
     """Adam with the short memory of squares that short trainings want."""
     return optax.adam(learning_rate, b2=0.99)
+
+
+def muon(learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """Muon for kernels (convolutions as [inputs, outputs] matrices), Adam for the rest.
+
+    Steps have the size of Adam's (`consistent_rms`), so that one learning rate serves both.
+    """
+
+    def axes(path: Any, param: Array) -> contrib.MuonDimensionNumbers | None:
+        last = param.ndim - 1
+        is_kernel = jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
+        return contrib.MuonDimensionNumbers(range(last), (last,)) if is_kernel else None
+
+    return contrib.muon(
+        learning_rate,
+        muon_weight_dimension_numbers=lambda params: jax.tree.map_with_path(axes, params),
+        consistent_rms=0.2,
+        adam_b2=0.99,
+    )
 
 
 def fit(

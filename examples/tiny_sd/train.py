@@ -1,4 +1,4 @@
-"""Train the embedded teacher from nothing: tokenizer, VAE, text encoder, UNet.
+"""Train the embedded teacher from nothing: tokenizer, VAE, text encoder, UNet, in this order.
 
     python -m examples.tiny_sd.train --workdir=runs/tiny-sd --out=assets/tiny-sd
 
@@ -20,6 +20,7 @@ from examples.tiny_sd.render import render
 from examples.tiny_sd.scenes import sample_scenes
 from examples.tiny_sd.tokenizer import build_tokenizer
 from examples.tiny_sd.train_teacher import LatentData, train_teacher
+from examples.tiny_sd.train_text import train_text_encoder
 from examples.tiny_sd.train_vae import encode, train_decoder, train_vae
 from tiue_jax.diffusion.schedule import make_schedule
 from tiue_jax.io.errors import run_command
@@ -76,14 +77,13 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", "runs/tiny-sd", "folder of the states of unfinished stages")
     flags.DEFINE_string("out", "assets/tiny-sd", "folder to write the model to: new or empty")
     flags.DEFINE_string("vae_from", None, "model folder whose VAE to take, instead of training one")
-    flags.DEFINE_string(
-        "teacher_from", None, "model folder whose UNet and text encoder to train further"
-    )
+    flags.DEFINE_string("unet_from", None, "model folder whose UNet to train further")
     flags.DEFINE_enum(
         "only",
         None,
-        ["decoder", "teacher"],
-        "train this stage alone and write no model: the two can run at the same time",
+        ["decoder", "text_encoder", "unet"],
+        "train this stage alone (and those it needs) and write no model: decoder and UNet can be "
+        "trained at the same time",
     )
     flags.DEFINE_integer("num_scenes", 60_000, "scenes that the teacher is trained on", 1)
     flags.DEFINE_integer("seed", 0, "seed of everything")
@@ -102,27 +102,32 @@ def main(argv: Sequence[str]) -> None:
         vocab_size=text_encoder.vocab_size,
         max_length=text_encoder.max_length,
     )
-    images = render(sample_scenes(np.random.default_rng(seed + 1), VAE_SCENES))
-    if FLAGS.vae_from:
-        vae_params = read_part(networks, "vae", Path(FLAGS.vae_from))
-    else:
-        vae_params = train_vae(networks.vae, images, workdir, seed)
     params: dict[str, Any] = {}
-    if FLAGS.only != "teacher":
+    if FLAGS.only != "text_encoder":
+        images = render(sample_scenes(np.random.default_rng(seed + 1), VAE_SCENES))
+        if FLAGS.vae_from:
+            vae_params = read_part(networks, "vae", Path(FLAGS.vae_from))
+        else:
+            vae_params = train_vae(networks.vae, images, workdir, seed)
+    if FLAGS.only in (None, "decoder"):
         params["vae"] = train_decoder(networks.vae, vae_params, images, workdir, seed)
     if FLAGS.only != "decoder":
+        params["text_encoder"] = train_text_encoder(text_encoder, tokenizer, workdir, seed)
+    if FLAGS.only in (None, "unet"):
         latents = workdir / "latents.npz"
         if not latents.exists():
             data = latent_data(networks, vae_params, tokenizer, FLAGS.num_scenes, seed)
             save_latents(latents, data)
-        data = load_latents(latents)
-        start = None
-        if FLAGS.teacher_from:
-            start = {
-                part: read_part(networks, part, Path(FLAGS.teacher_from))
-                for part in ("unet", "text_encoder")
-            }
-        params |= train_teacher(networks.unet, text_encoder, schedule, data, workdir, seed, start)
+        params["unet"] = train_teacher(
+            networks.unet,
+            text_encoder,
+            params["text_encoder"],
+            schedule,
+            load_latents(latents),
+            workdir,
+            seed,
+            read_part(networks, "unet", Path(FLAGS.unet_from)) if FLAGS.unet_from else None,
+        )
     if FLAGS.only:
         return
     model = StableDiffusion(

@@ -1,4 +1,4 @@
-"""Stage 2: the text encoder and the UNet of the embedded teacher, trained together from nothing."""
+"""Stage 3: the UNet of the embedded teacher, under a VAE and a text encoder that stay."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from examples.tiny_sd.fit import fit
+from examples.tiny_sd.fit import fit, muon
 from tiue_jax.diffusion.schedule import NoiseSchedule
 from tiue_jax.models.clip import CLIPTextEncoder
 from tiue_jax.models.unet import UNet
@@ -38,6 +38,7 @@ def teacher_loss(
     text_encoder: CLIPTextEncoder,
     schedule: NoiseSchedule,
     params: Any,
+    text_params: Any,
     batch: tuple[Float[Array, "b h w c"], Int[Array, "b t"]],
     key: PRNGKeyArray,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -55,8 +56,8 @@ def teacher_loss(
     t = jnp.clip((steps * jnp.sqrt(u)).astype(jnp.int32), 0, steps - 1)
     eps = jax.random.normal(key_eps, x0.shape)
     x_t = schedule.add_noise(x0, eps, t)
-    context = text_encoder.apply({"params": params["text_encoder"]}, input_ids)
-    error = jnp.square(unet.apply({"params": params["unet"]}, x_t, t, context) - eps)
+    context = text_encoder.apply({"params": text_params}, input_ids)
+    error = jnp.square(unet.apply({"params": params}, x_t, t, context) - eps)
     alpha, _ = schedule.coefficients(t, x0.ndim)
     weighted = (jnp.minimum(alpha**-2, MAX_WEIGHT) * error).mean()
     return weighted, {"loss": weighted, "plain": error.mean()}
@@ -65,26 +66,23 @@ def teacher_loss(
 def train_teacher(
     unet: UNet,
     text_encoder: CLIPTextEncoder,
+    text_params: Any,
     schedule: NoiseSchedule,
     data: LatentData,
     folder: Path,
     seed: int = 0,
-    start: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Train both networks; returns the moving averages, {"unet": ..., "text_encoder": ...}.
+    start: Any | None = None,
+) -> Any:
+    """Train the UNet; returns the moving average of its parameters.
 
     Args:
-        start: their parameters to begin with, instead of random ones.
+        start: its parameters to begin with, instead of random ones.
     """
     if start is None:
-        key_unet, key_text = jax.random.split(jax.random.key(seed))
-        ids = jnp.zeros((1, data.null_ids.shape[0]), jnp.int32)
-        context = jnp.zeros((1, ids.shape[1], text_encoder.hidden_size))
+        context = jnp.zeros((1, data.null_ids.shape[0], text_encoder.hidden_size))
         latents = jnp.zeros((1, *data.latents.shape[1:]))
-        start = {
-            "unet": unet.init(key_unet, latents, jnp.zeros((1,), jnp.int32), context)["params"],
-            "text_encoder": text_encoder.init(key_text, ids)["params"],
-        }
+        t = jnp.zeros((1,), jnp.int32)
+        start = unet.init(jax.random.key(seed), latents, t, context)["params"]
 
     def batch_of(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         rows = rng.integers(len(data.latents), size=BATCH_SIZE)
@@ -94,12 +92,15 @@ def train_teacher(
         return x0, np.where(empty[:, None], data.null_ids[None], ids).astype(np.int32)
 
     return fit(
-        "teacher",
-        lambda params, batch, key: teacher_loss(unet, text_encoder, schedule, params, batch, key),
+        "unet",
+        lambda params, batch, key: teacher_loss(
+            unet, text_encoder, schedule, params, text_params, batch, key
+        ),
         start,
         batch_of,
         iterations=ITERATIONS,
         learning_rate=LEARNING_RATE,
+        optimizer=muon,
         folder=folder,
         seed=seed,
         ema_decay=0.9995,

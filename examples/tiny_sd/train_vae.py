@@ -9,11 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
-from optax import contrib
 
-from examples.tiny_sd.fit import fit
+from examples.tiny_sd.fit import fit, muon
 from examples.tiny_sd.reader import to_pixels
 from tiue_jax.models.vae import AutoencoderKL
 
@@ -104,24 +102,6 @@ def train_decoder(
         ema_decay=0.995,
     )
     return fixed | trained
-
-
-def muon(learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    """Muon for kernels (convolutions as [inputs, outputs] matrices), Adam for the rest.
-
-    Steps have the size of Adam's (`consistent_rms`), so that one learning rate serves both.
-    """
-
-    def matrices(params: Any) -> Any:
-        def axes(param: Array) -> contrib.MuonDimensionNumbers | None:
-            last = param.ndim - 1
-            return contrib.MuonDimensionNumbers(range(last), (last,)) if last else None
-
-        return jax.tree.map(axes, params)
-
-    return contrib.muon(
-        learning_rate, muon_weight_dimension_numbers=matrices, consistent_rms=0.2, adam_b2=0.99
-    )
 
 
 def encode(

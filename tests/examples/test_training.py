@@ -5,22 +5,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import serialization
 
 from examples.tiny_sd import fit as fit_module
+from examples.tiny_sd import train_text as train_text_module
 from examples.tiny_sd import train_vae as train_vae_module
+from examples.tiny_sd.captions import caption
 from examples.tiny_sd.demo import draw_comparison
-from examples.tiny_sd.fit import chunks_of, fit
-from examples.tiny_sd.reader import to_pixels
+from examples.tiny_sd.fit import chunks_of, fit, muon
+from examples.tiny_sd.reader import HEADS, to_pixels, true_labels
 from examples.tiny_sd.render import render
 from examples.tiny_sd.scenes import sample_scenes
+from examples.tiny_sd.tokenizer import build_tokenizer
 from examples.tiny_sd.train import latent_data, load_latents, read_part, save_latents
 from examples.tiny_sd.train_teacher import MAX_WEIGHT, LatentData, teacher_loss
-from examples.tiny_sd.train_vae import decoder_loss, encode, muon, train_decoder, whiten
+from examples.tiny_sd.train_text import text_loss, train_text_encoder
+from examples.tiny_sd.train_vae import decoder_loss, encode, train_decoder, whiten
 from tests.conftest import ROOT
 from tiue_jax.diffusion.schedule import make_schedule
 from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.models.variants import Variant, variant
+from tiue_jax.pretrained.tokenizer import Tokenizer
 
 VAE = AutoencoderKL(
     latent_channels=2, block_out_channels=(4, 8, 8, 8), layers_per_block=1, norm_groups=4
@@ -139,10 +145,9 @@ class Nothing(nn.Module):
 
 def test_the_teacher_s_loss_of_no_prediction_is_the_noise_s_variance_times_the_weight():
     schedule = make_schedule()
-    params = {"unet": {}, "text_encoder": {}}
     batch = (jnp.zeros((256, 8, 8, 4)), jnp.zeros((256, 3), jnp.int32))
     loss, metrics = teacher_loss(
-        NoNoise(), Nothing(), schedule, params, batch, jax.random.key(0)
+        NoNoise(), Nothing(), schedule, {}, {}, batch, jax.random.key(0)
     )  # fmt: skip
     # 65,536 squares of N(0, 1): deviation .0055
     assert float(metrics["plain"]) == pytest.approx(1.0, abs=0.03)
@@ -163,14 +168,76 @@ def test_the_teacher_learns_from_the_noisy_latents():
     loss = jax.jit(
         jax.grad(
             lambda p: teacher_loss(
-                unet, Nothing(), make_schedule(), {"unet": p, "text_encoder": {}}, (x, ids),
-                jax.random.key(1),
+                unet, Nothing(), make_schedule(), p, {}, (x, ids), jax.random.key(1)
             )[0]
         )
     )  # fmt: skip
     gradient = loss(params["params"])
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
     assert float(jnp.abs(gradient["conv_in"]["kernel"]).max()) > 0
+
+
+END_ID = 9
+
+
+class OneHot(nn.Module):
+    """A text encoder whose states are the tokens themselves."""
+
+    @nn.compact
+    def __call__(self, ids):
+        return jax.nn.one_hot(ids, END_ID + 1)
+
+
+def text_batch(masked=()):
+    """One caption of three tokens before two end tokens, and the label 1 for every head."""
+    ids = jnp.array([[3, 4, 5, END_ID, END_ID]])
+    mask = jnp.array([[0.0 if name in masked else 1.0 for name in HEADS]])
+    return ids, jnp.ones((1, len(HEADS)), jnp.int32), mask
+
+
+def text_heads(kernel=None):
+    classes = sum(len(v) for v in HEADS.values())
+    start = jnp.zeros((END_ID + 1, classes)) if kernel is None else kernel
+    return {"text_encoder": {}, "heads": {"kernel": start, "bias": jnp.zeros(classes)}}
+
+
+@pytest.mark.parametrize("masked", [(), ("shape_1", "size_1")])
+def test_reading_nothing_costs_the_logarithm_of_the_classes_that_count(masked):
+    loss, _ = text_loss(OneHot(), text_heads(), text_batch(masked), jax.random.key(0))
+    expected = sum(np.log(len(v)) for name, v in HEADS.items() if name not in masked)
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+def test_only_the_states_behind_a_caption_are_read():
+    zeros = text_heads()["heads"]["kernel"]
+    wrong_in_front = zeros.at[3:6, 0].set(50.0)
+    right_behind = zeros.at[END_ID, len(HEADS["count"]) + 1].set(50.0)  # layout: 1
+    loss = {
+        name: float(text_loss(OneHot(), text_heads(k), text_batch(), jax.random.key(0))[0])
+        for name, k in (("none", None), ("front", wrong_in_front), ("behind", right_behind))
+    }
+    assert loss["front"] == pytest.approx(loss["none"], rel=1e-6)
+    assert loss["none"] - loss["behind"] == pytest.approx(np.log(len(HEADS["layout"])), rel=1e-4)
+
+
+def test_a_text_encoder_learns_what_captions_say(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_text_module, "NUM_CAPTIONS", 3000)
+    monkeypatch.setattr(train_text_module, "ITERATIONS", 40)
+    monkeypatch.setattr(train_text_module, "BATCH_SIZE", 32)
+    model = variant("tiny").text_encoder.clone(num_layers=1)
+    build_tokenizer(tmp_path / "tokenizer")
+    tokenizer = Tokenizer(
+        tmp_path / "tokenizer", vocab_size=model.vocab_size, max_length=model.max_length
+    )
+    train_text_encoder(model, tokenizer, tmp_path)
+    state = serialization.msgpack_restore((tmp_path / "text_encoder.msgpack").read_bytes())
+    scenes = sample_scenes(np.random.default_rng(5), 64)
+    captions = [caption(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
+    labels, masks = (np.stack([v[name] for name in HEADS], axis=1) for v in true_labels(scenes))
+    batch = (tokenizer(captions)[:, :32], labels, masks)
+    loss, _ = text_loss(model, state["params"], batch, jax.random.key(0))
+    knowing_nothing = (np.log([len(v) for v in HEADS.values()]) * masks).sum(1).mean()
+    assert float(loss) < 0.8 * knowing_nothing
 
 
 def quadratic(params, batch, key):

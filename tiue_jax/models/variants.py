@@ -22,7 +22,7 @@ _SD2_TEXT = CLIPTextEncoder(
 _SD2_UNET = UNet(num_heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True)
 
 _TINY_TEXT = CLIPTextEncoder(
-    vocab_size=773, hidden_size=128, intermediate_size=512, num_layers=2, num_heads=4
+    vocab_size=773, hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4
 )
 _TINY_UNET = UNet(
     in_channels=8,
