@@ -46,7 +46,7 @@ def text_loss(
     ids, labels, mask = batch
     states = text_encoder.apply({"params": params["text_encoder"]}, ids)
     behind = (ids == ids[:, -1:]).astype(states.dtype)
-    logits = states @ params["heads"]["kernel"] + params["heads"]["bias"]
+    logits = states @ params["heads"]["kernel"] + params["heads"]["bias"][None, None]
     total, right, start = jnp.zeros(()), {}, 0
     for i, (name, classes) in enumerate(HEADS.items()):
         part = logits[..., start : start + len(classes)]

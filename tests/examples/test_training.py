@@ -234,7 +234,7 @@ def test_a_text_encoder_learns_what_captions_say(tmp_path, monkeypatch, capsys):
     scenes = sample_scenes(np.random.default_rng(5), 64)
     captions = [caption(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
     labels, masks = (np.stack([v[name] for name in HEADS], axis=1) for v in true_labels(scenes))
-    batch = (tokenizer(captions)[:, :32], labels, masks)
+    batch = (jnp.asarray(tokenizer(captions)[:, :32]), jnp.asarray(labels), jnp.asarray(masks))
     loss, _ = text_loss(model, state["params"], batch, jax.random.key(0))
     knowing_nothing = (np.log([len(v) for v in HEADS.values()]) * masks).sum(1).mean()
     assert float(loss) < 0.8 * knowing_nothing
