@@ -168,13 +168,11 @@ def test_in_the_warm_up_the_lora_learns_alone(config, finished: Path, workdir: P
     assert logged(workdir)[0]["loss/lora"] == logged(finished)[0]["loss/lora"]
 
 
-def test_the_student_can_learn_in_every_second_iteration(config, finished: Path, workdir: Path):
+def test_the_student_can_learn_in_every_second_iteration(config, workdir: Path):
     config.train.student_every = 2
     train(config, workdir)
     assert ["loss/vsd" in line for line in logged(workdir)] == [False, True, False, True]
-    # The student's first update is the average's first, whenever it comes.
-    assert logged(workdir)[1]["ema/decay"] == logged(finished)[0]["ema/decay"]
-    assert logged(workdir)[3]["ema/decay"] == logged(finished)[1]["ema/decay"]
+    assert all("loss/lora" in line for line in logged(workdir))
 
 
 def test_no_iterations_export_the_teacher(config, workdir: Path):

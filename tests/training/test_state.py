@@ -73,3 +73,14 @@ def test_average() -> None:
 def test_options_out_of_range_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StepOptions(**changes)
+
+
+def test_the_student_s_updates_are_counted_without_the_iterations_of_the_lora_alone() -> None:
+    options = StepOptions(lora_warmup=2, student_every=3)
+    alone = [options.is_lora_only(step) for step in range(1, 10)]
+    assert alone == [True, True, True, True, False, True, True, False, True]
+    learnt = [step for step, lora_only in enumerate(alone, 1) if not lora_only]
+    assert [options.student_updates(step) for step in learnt] == [1, 2]
+    plain = StepOptions()
+    assert not any(plain.is_lora_only(step) for step in range(1, 5))
+    assert [plain.student_updates(step) for step in range(1, 5)] == [1, 2, 3, 4]
