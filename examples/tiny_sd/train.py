@@ -77,13 +77,16 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", "runs/tiny-sd", "folder of the states of unfinished stages")
     flags.DEFINE_string("out", "assets/tiny-sd", "folder to write the model to: new or empty")
     flags.DEFINE_string("vae_from", None, "model folder whose VAE to take, instead of training one")
+    flags.DEFINE_string(
+        "text_encoder_from", None, "model folder whose text encoder to take: that of --unet_from"
+    )
     flags.DEFINE_string("unet_from", None, "model folder whose UNet to train further")
     flags.DEFINE_enum(
         "only",
         None,
         ["decoder", "text_encoder", "unet"],
-        "train this stage alone (and those it needs) and write no model: decoder and UNet can be "
-        "trained at the same time",
+        "train this stage alone (and those it needs) and write no model: once the VAE is there, "
+        "decoder and UNet can be trained at the same time",
     )
     flags.DEFINE_integer("num_scenes", 60_000, "scenes that the teacher is trained on", 1)
     flags.DEFINE_integer("seed", 0, "seed of everything")
@@ -103,15 +106,18 @@ def main(argv: Sequence[str]) -> None:
         max_length=text_encoder.max_length,
     )
     params: dict[str, Any] = {}
-    if FLAGS.only != "text_encoder":
+    trains_vae = FLAGS.only != "text_encoder" and not FLAGS.vae_from
+    if trains_vae or FLAGS.only in (None, "decoder"):
         images = render(sample_scenes(np.random.default_rng(seed + 1), VAE_SCENES))
-        if FLAGS.vae_from:
-            vae_params = read_part(networks, "vae", Path(FLAGS.vae_from))
-        else:
-            vae_params = train_vae(networks.vae, images, workdir, seed)
+    if trains_vae:
+        vae_params = train_vae(networks.vae, images, workdir, seed)
+    elif FLAGS.vae_from:
+        vae_params = read_part(networks, "vae", Path(FLAGS.vae_from))
     if FLAGS.only in (None, "decoder"):
         params["vae"] = train_decoder(networks.vae, vae_params, images, workdir, seed)
-    if FLAGS.only != "decoder":
+    if FLAGS.text_encoder_from:
+        params["text_encoder"] = read_part(networks, "text_encoder", Path(FLAGS.text_encoder_from))
+    elif FLAGS.only != "decoder":
         params["text_encoder"] = train_text_encoder(text_encoder, tokenizer, workdir, seed)
     if FLAGS.only in (None, "unet"):
         latents = workdir / "latents.npz"

@@ -55,6 +55,7 @@ def test_papers_values(name: str):
         "kl.weight": 0.1, "kl.batch": 8,
         "train.iterations": 66_503, "train.batch_size": 64,
         "train.student_lr": 1e-6, "train.lora_lr": 1e-3, "train.lora_warmup": 0,
+        "train.student_lr_end": 1.0,
         "train.student_every": 1,
         "train.clip_grad_norm": 1.0, "train.null_prompt_prob": 0.1, "train.ema_max_decay": 0.9999,
     }  # fmt: skip
@@ -143,7 +144,7 @@ def test_options_that_contradict_each_other_are_refused():
 def test_changes_are_those_of_what_is_computed():
     def described(**changed: object) -> dict:
         config = load("tiny")
-        config.update_from_flattened_dict(changed)
+        config.update_from_flattened_dict({"train.student_lr_end": 1.0} | changed)
         return {"config": flatten(config), "teacher": {"unet": "a"}, "prompts": {"count": 3}}
 
     before = described()
@@ -157,3 +158,28 @@ def test_changes_are_those_of_what_is_computed():
     assert changes(before, others) == {
         "prompts: count": (3, 4), "teacher: unet": ("a", "b"),
     }  # fmt: skip
+
+
+def test_the_student_s_learning_rate_can_fall_to_a_fraction_of_its_start():
+    config = load("tiny").unlock()
+    config.train.update(
+        student_lr=2e-4, student_lr_end=0.5, iterations=110, lora_warmup=10, student_every=2
+    )
+    rate = step_options(config, 8).student_lr
+    assert callable(rate)
+    # 50 updates: of the iterations 12, 14, ..., 110
+    assert [float(rate(n)) for n in (0, 25, 50)] == pytest.approx([2e-4, 1.5e-4, 1e-4], rel=1e-5)
+    config.train.student_lr_end = 1.0
+    assert step_options(config, 8).student_lr == 2e-4
+
+
+def test_iterations_are_held_where_the_learning_rate_falls_towards_the_last_one():
+    def description(**train):
+        config = load("tiny").unlock()
+        config.train.update(train)
+        return {"config": flatten(config), "teacher": {}, "prompts": {}}
+
+    held = changes(description(iterations=10), description(iterations=20))
+    assert held == {"train.iterations": (10, 20)}
+    constant = [description(student_lr_end=1.0, iterations=n) for n in (10, 20)]
+    assert changes(*constant) == {}

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import optax
 from ml_collections import ConfigDict
 
 from tiue_jax.diffusion.schedule import TIMESTEP_SPACINGS
 from tiue_jax.io.errors import InputError
-from tiue_jax.training.options import StepOptions
+from tiue_jax.training.options import LearningRate, StepOptions
 
 _INFINITY = math.inf
 _SEED = (0, 2**32 - 1)
@@ -32,6 +33,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "train.iterations": (0, 2**31 - 1),
     "train.batch_size": (1, _INFINITY),
     "train.student_lr": (0, _INFINITY),
+    "train.student_lr_end": (0, 1),
     "train.lora_lr": (0, _INFINITY),
     "train.lora_warmup": (0, _INFINITY),
     "train.student_every": (1, _INFINITY),
@@ -54,7 +56,8 @@ _TUPLES = ("lora.targets", "log.validation_prompts")
 _OTHERS = ("data.field", "data.deduplicate", "train.remat")
 
 # What a resumed run may change: how long it runs, where it is computed, what it shows. Teacher and
-# prompts are held by their contents and not by their names.
+# prompts are held by their contents and not by their names; the number of iterations is held where
+# the learning rate falls towards the last one.
 _MAY_CHANGE = (
     "teacher",
     "data.source",
@@ -102,6 +105,17 @@ def _require(key: str, value: Any, expected: str, holds: Callable[[Any], bool]) 
         raise InputError("not usable", key=key, expected=expected, found=repr(value))
 
 
+def student_learning_rate(config: ConfigDict) -> LearningRate:
+    """Constant, or falling linearly over the student's updates to a fraction of its start."""
+    train = config.train
+    if train.student_lr_end == 1:
+        return train.student_lr
+    updates = (train.iterations - train.lora_warmup) // train.student_every
+    return optax.linear_schedule(
+        train.student_lr, train.student_lr * train.student_lr_end, max(updates, 1)
+    )
+
+
 def step_options(config: ConfigDict, latent_size: int) -> StepOptions:
     """Return the options of an iteration.
 
@@ -118,7 +132,7 @@ def step_options(config: ConfigDict, latent_size: int) -> StepOptions:
             vsd_t_max=config.vsd.t_max,
             lambda_kl=config.kl.weight,
             kl_batch=config.kl.batch or None,
-            student_lr=config.train.student_lr,
+            student_lr=student_learning_rate(config),
             lora_lr=config.train.lora_lr,
             clip_grad_norm=config.train.clip_grad_norm,
             lora_rank=config.lora.rank,
@@ -156,11 +170,16 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
         before, now: descriptions of a run: {"config": flat config, "teacher": {...}, "prompts":
             {...}}, the latter two by digests of their contents.
     """
+    falls = {
+        before["config"].get("train.student_lr_end", 1),
+        now["config"].get("train.student_lr_end", 1),
+    }
+    free = tuple(key for key in _MAY_CHANGE if falls == {1} or key != "train.iterations")
     held = {
         f"{name}: {key}" if name != "config" else key: (before[name].get(key), now[name].get(key))
         for name in ("config", "teacher", "prompts")
         for key in {**before[name], **now[name]}
-        if name != "config" or not key.startswith(_MAY_CHANGE)
+        if name != "config" or not key.startswith(free)
     }
     return {key: pair for key, pair in sorted(held.items()) if pair[0] != pair[1]}
 

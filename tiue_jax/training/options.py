@@ -1,6 +1,7 @@
 """The options of one training iteration, with the paper's values as defaults."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import optax
 from jaxtyping import Array
@@ -10,6 +11,7 @@ from tiue_jax.diffusion.student import student_timesteps
 
 Number = float | Array
 LearningRate = Number | optax.Schedule
+Count = TypeVar("Count", int, Array)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class StepOptions:
         """alpha / rank."""
         return self.lora_alpha / self.lora_rank
 
-    def student_updates(self, step: int | Array) -> int | Array:
+    def student_updates(self, step: Count) -> Count:
         """How often the student has learnt after `step` iterations."""
         return (step - self.lora_warmup) // self.student_every
 
