@@ -2,8 +2,9 @@
 
     python -m tiue_jax.main --config=configs/tiny.py --workdir=runs/tiny
 
-Cost: not measured yet.
-Expect: not measured yet.
+Cost: 18 minutes (1,600 iterations, 850 of them of the LoRA teacher alone).
+Expect: pictures that are all right from 39 % (untrained) to 67.5 %, Frechet distance from 5.9 to
+4.2; the teacher has 88 % and 4.9 in 25 steps with guidance 3 (200 prompts; docs/tiny-sd.md).
 """
 
 from ml_collections import ConfigDict

@@ -29,7 +29,7 @@ FLAGS = flags.FLAGS
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/tiny.py"
 TEACHER, STUDENT = "assets/tiny-sd", "assets/tiny-sd-tiue"
-TEACHER_GUIDANCE = 3.0  # by the Frechet distance: see docs/tiny-sd.md
+TEACHER_GUIDANCE = 3.0  # more costs Frechet distance, less accuracy: see docs/tiny-sd.md
 SHOWN = 10  # prompts in the picture
 
 
