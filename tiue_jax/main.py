@@ -11,9 +11,9 @@ validation prompts, always from the same noise), checkpoints/, and at the end st
 diffusers folder, for `python -m tiue_jax.sample --model=WORKDIR/student`.
 
 The same command again resumes the run bit for bit. A config, teacher or prompts that have changed
-are refused; train.iterations, log, checkpoint and mesh may change. SIGTERM and Ctrl-C save first
-(exit code 75); a second one does not wait. A loss or weight that is not finite ends the run (exit
-code 1) and is not saved.
+are refused; log, checkpoint and mesh may change, and train.iterations where the learning rate is
+constant. SIGTERM and Ctrl-C save first (exit code 75); a second one does not wait. A loss or weight
+that is not finite ends the run (exit code 1) and is not saved.
 """
 
 from collections.abc import Sequence
