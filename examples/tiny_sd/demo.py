@@ -35,7 +35,7 @@ SHOWN = 10  # prompts in the picture
 
 def define_flags() -> None:
     """Define this command's flags."""
-    flags.DEFINE_integer("iterations", 500, "training iterations; 100 are the LoRA's alone", 110)
+    flags.DEFINE_integer("iterations", 500, "training iterations, LoRA warm-up included", 110)
     flags.DEFINE_integer("num_prompts", 200, "prompts to measure on, at most 1000", SHOWN, 1000)
     flags.DEFINE_string("out", None, "folder of the run; by default runs/demo-000 and on")
 

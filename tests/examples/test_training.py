@@ -220,7 +220,7 @@ def test_only_the_states_behind_a_caption_are_read():
     assert loss["none"] - loss["behind"] == pytest.approx(np.log(len(HEADS["layout"])), rel=1e-4)
 
 
-def test_a_text_encoder_learns_what_captions_say(tmp_path, monkeypatch, capsys):
+def test_a_text_encoder_learns_what_captions_say(tmp_path, monkeypatch):
     monkeypatch.setattr(train_text_module, "NUM_CAPTIONS", 3000)
     monkeypatch.setattr(train_text_module, "ITERATIONS", 60)
     monkeypatch.setattr(train_text_module, "BATCH_SIZE", 32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from tiue_jax.diffusion.schedule import TIMESTEP_SPACINGS
 from tiue_jax.io.errors import InputError
-from tiue_jax.training.options import LearningRate, StepOptions
+from tiue_jax.training.options import StepOptions
 
 _INFINITY = math.inf
 _SEED = (0, 2**32 - 1)
@@ -105,25 +106,14 @@ def _require(key: str, value: Any, expected: str, holds: Callable[[Any], bool]) 
         raise InputError("not usable", key=key, expected=expected, found=repr(value))
 
 
-def student_learning_rate(config: ConfigDict) -> LearningRate:
-    """Constant, or falling linearly over the student's updates to a fraction of its start."""
-    train = config.train
-    if train.student_lr_end == 1:
-        return train.student_lr
-    updates = (train.iterations - train.lora_warmup) // train.student_every
-    return optax.linear_schedule(
-        train.student_lr, train.student_lr * train.student_lr_end, max(updates, 1)
-    )
-
-
 def step_options(config: ConfigDict, latent_size: int) -> StepOptions:
-    """Return the options of an iteration.
+    """Return the options of an iteration. The student's learning rate falls linearly if it falls.
 
     Raises:
         InputError: values that contradict each other.
     """
     try:
-        return StepOptions(
+        options = StepOptions(
             num_steps=config.student.num_steps,
             timestep_spacing=config.student.timestep_spacing,
             latent_size=latent_size,
@@ -132,7 +122,7 @@ def step_options(config: ConfigDict, latent_size: int) -> StepOptions:
             vsd_t_max=config.vsd.t_max,
             lambda_kl=config.kl.weight,
             kl_batch=config.kl.batch or None,
-            student_lr=student_learning_rate(config),
+            student_lr=config.train.student_lr,
             lora_lr=config.train.lora_lr,
             clip_grad_norm=config.train.clip_grad_norm,
             lora_rank=config.lora.rank,
@@ -145,6 +135,11 @@ def step_options(config: ConfigDict, latent_size: int) -> StepOptions:
         )
     except ValueError as error:
         raise InputError(str(error), key="config") from error
+    start, end = config.train.student_lr, config.train.student_lr_end
+    if end == 1:
+        return options
+    updates = max(options.student_updates(config.train.iterations), 1)
+    return replace(options, student_lr=optax.linear_schedule(start, start * end, updates))
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
@@ -170,11 +165,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
         before, now: descriptions of a run: {"config": flat config, "teacher": {...}, "prompts":
             {...}}, the latter two by digests of their contents.
     """
-    falls = {
-        before["config"].get("train.student_lr_end", 1),
-        now["config"].get("train.student_lr_end", 1),
-    }
-    free = tuple(key for key in _MAY_CHANGE if falls == {1} or key != "train.iterations")
+    falls = now["config"].get("train.student_lr_end", 1) != 1  # that it does is held itself
+    free = tuple(key for key in _MAY_CHANGE if key != "train.iterations" or not falls)
     held = {
         f"{name}: {key}" if name != "config" else key: (before[name].get(key), now[name].get(key))
         for name in ("config", "teacher", "prompts")
