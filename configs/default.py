@@ -32,7 +32,10 @@ def get_config() -> ConfigDict:
     config.lora.targets = ("to_q", "to_v")  # which projections of every attention are adapted
 
     config.vsd = ConfigDict()
-    config.vsd.guidance_scale = 4.5  # w, of teacher and LoRA teacher alike
+    config.vsd.guidance_scale = 4.5  # w of the teacher
+    # w of the LoRA teacher: as the teacher's unless given. The student then ends at the teacher's
+    # unguided pictures; with 1 it ends at the guided ones.
+    config.vsd.lora_guidance_scale = config.vsd.get_oneway_ref("guidance_scale")
     config.vsd.t_min = 20  # timesteps are drawn from t_min..t_max, both included
     config.vsd.t_max = 980
 

@@ -51,7 +51,8 @@ def test_papers_values(name: str):
         "data.field": "Task2.Caption", "data.deduplicate": True,
         "student.num_steps": 4, "student.timestep_spacing": "leading",
         "lora.rank": 64, "lora.alpha": 108.0, "lora.targets": ["to_q", "to_v"],
-        "vsd.guidance_scale": 4.5, "vsd.t_min": 20, "vsd.t_max": 980,
+        "vsd.guidance_scale": 4.5, "vsd.lora_guidance_scale": 4.5,
+        "vsd.t_min": 20, "vsd.t_max": 980,
         "kl.weight": 0.1, "kl.batch": 8,
         "train.iterations": 66_503, "train.batch_size": 64,
         "train.student_lr": 1e-6, "train.lora_lr": 1e-3, "train.lora_warmup": 0,
@@ -158,6 +159,16 @@ def test_changes_are_those_of_what_is_computed():
     assert changes(before, others) == {
         "prompts: count": (3, 4), "teacher: unet": ("a", "b"),
     }  # fmt: skip
+
+
+def test_the_lora_teacher_is_guided_as_the_teacher_unless_told():
+    config = default.get_config()
+    config.vsd.guidance_scale = 2.0
+    assert step_options(config, 8).guidance_scales == (2.0, 2.0)
+    config.vsd.lora_guidance_scale = 1.0
+    assert step_options(config, 8).guidance_scales == (2.0, 1.0)
+    config.vsd.guidance_scale = 3.0
+    assert step_options(config, 8).guidance_scales == (3.0, 1.0)
 
 
 def test_the_student_s_learning_rate_can_fall_to_a_fraction_of_its_start():

@@ -90,6 +90,32 @@ def test_before_the_lora_has_learnt_the_score_difference_is_nothing_at_all() -> 
     assert float(metrics["loss/vsd"]) > 1e-6
 
 
+def test_lora_teacher_with_its_own_guidance() -> None:
+    """Before it has learnt, what is left is sigma^2 (w - w_L) (e_text - e_null) of the teacher."""
+    own = replace(OPTIONS, guidance_scale=3.0, lora_guidance_scale=1.0)
+    state, schedule, unet = start(), make_schedule(), small_step.unet()
+    draws = sample_draws(KEY, 0, 2, SHAPE)
+    timesteps = schedule.timesteps(2)
+
+    @partial(jax.jit, compiler_options=FAST)
+    def expected():
+        contexts = encode_prompts(small_step.text_encoder(), frozen(), ids(2))
+        x0, _ = student_forward(
+            unet, state.student, draws.noise, contexts[0], timesteps, int(timesteps[0]),
+            *closed_form(schedule, timesteps),
+        )  # fmt: skip
+        x_t = schedule.add_noise(x0, draws.vsd_noise, draws.vsd_t)
+        text, null = (
+            unet.apply({"params": frozen().teacher}, x_t, draws.vsd_t, context)
+            for context in contexts
+        )
+        _, sigma = schedule.coefficients(draws.vsd_t, 4)
+        return jnp.sqrt(jnp.mean(jnp.square(sigma**2 * 2.0 * (text - null))))
+
+    _, metrics = jax.jit(small_step.step(own), compiler_options=FAST)(state, frozen(), ids(2), KEY)
+    assert float(metrics["vsd/gradient_rms"]) == pytest.approx(float(expected()), rel=1e-4)
+
+
 def test_student_clips_steps_and_averages() -> None:
     state = settled(start())
     new, metrics, gradients = jitted()(state, frozen(), ids(2), KEY)

@@ -24,7 +24,10 @@ class StepOptions:
         num_steps, timestep_spacing: K and the spread of the student's decoder timesteps.
         timesteps, t_enc: given outright instead, decreasing; None: from the two above, t_enc = t_1.
         latent_size: height and width of the latents (pixels / 8).
-        guidance_scale: w, for teacher and LoRA teacher alike.
+        guidance_scale: w of the teacher, and of the LoRA teacher unless that has its own.
+        lora_guidance_scale: w of the LoRA teacher. Where both are the same, guidance weighs the
+            direction, and the student still ends at the teacher's unguided distribution; with 1
+            (arXiv 2305.16213, 2312.05239) it ends at the guided one. None: `guidance_scale`.
         vsd_t_min, vsd_t_max: the VSD timestep is uniform in this range, both ends included.
         lambda_kl: weight of the KL term, a SUM over noise maps.
         kl_batch: the sum is taken as over the maps of this many images, whatever the batch:
@@ -50,6 +53,7 @@ class StepOptions:
     t_enc: int | None = None
     latent_size: int = 64
     guidance_scale: Number = 4.5
+    lora_guidance_scale: Number | None = None
     vsd_t_min: int = 20
     vsd_t_max: int = 980
     lambda_kl: Number = 0.1
@@ -87,6 +91,12 @@ class StepOptions:
             raise ValueError(f"lora_warmup {self.lora_warmup}: expected at least 0")
         if self.student_every < 1:
             raise ValueError(f"student_every {self.student_every}: expected at least 1")
+
+    @property
+    def guidance_scales(self) -> tuple[Number, Number]:
+        """w of the teacher and of the LoRA teacher."""
+        own = self.lora_guidance_scale
+        return self.guidance_scale, self.guidance_scale if own is None else own
 
     @property
     def lora_scale(self) -> Number:

@@ -138,15 +138,15 @@ def make_step(
         x_t = schedule.add_noise(x0, draws.vsd_noise, draws.vsd_t)
         _, sigma = schedule.coefficients(draws.vsd_t, x0.ndim)
 
-        def guided(lora_scale: Array) -> Array:
+        def guided(scales: tuple[Array, Array]) -> Array:
+            lora_scale, guidance_scale = scales
             params = merge_lora(frozen.teacher, state.lora, lora_scale)
-            return guided_output(
-                unet, params, x_t, draws.vsd_t, context, null, options.guidance_scale
-            )
+            return guided_output(unet, params, x_t, draws.vsd_t, context, null, guidance_scale)
 
-        # One program run twice: where the LoRA is 0, the difference is 0 in every bit.
-        scales = jnp.asarray(options.lora_scale, jnp.float32) * jnp.array([0.0, 1.0])
-        eps_teacher, eps_lora = jax.lax.map(guided, scales)
+        # One program run twice: where the LoRA is 0 and w the same, so is every bit of the results.
+        lora_scales = jnp.asarray(options.lora_scale, jnp.float32) * jnp.array([0.0, 1.0])
+        guidance_scales = jnp.stack([jnp.asarray(w, jnp.float32) for w in options.guidance_scales])
+        eps_teacher, eps_lora = jax.lax.map(guided, (lora_scales, guidance_scales))
         return losses.vsd_gradient(eps_teacher, eps_lora, sigma)
 
     def update_student(
