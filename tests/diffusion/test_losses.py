@@ -73,3 +73,33 @@ def test_lora_loss() -> None:
     alpha = jnp.array([0.5, 1.0]).reshape(2, 1, 1, 1)
     expected = np.mean((np.asarray(alpha) * (np.asarray(eps) - np.asarray(noise))) ** 2)
     assert float(losses.lora_loss(eps, noise, alpha)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("tau", "scale"), [(0.35, 1.0), (2.0, 1.0), (2.0, 1e-9), (-2.0, 1.0)])
+def test_clip_loss_and_its_gradient_are_those_of_torch(tau: float, scale: float) -> None:
+    """Ordinary features, features shorter than the epsilon of the norm, and a loss that is 0."""
+    text, image = normal((3, 8)), normal((3, 8), 1) * scale
+    ours, gradient = jax.value_and_grad(losses.clip_loss, argnums=1)(text, image, tau)
+    theirs = torch.tensor(np.asarray(image), requires_grad=True)
+    cosine = torch.cosine_similarity(torch.tensor(np.asarray(text)), theirs)
+    expected = torch.relu(tau - cosine.mean())
+    expected.backward()
+    assert theirs.grad is not None
+    assert float(ours) == pytest.approx(expected.item(), rel=1e-5)
+    if scale == 1.0:  # below its epsilon torch differentiates as if the norm counted
+        np.testing.assert_allclose(gradient, theirs.grad, atol=1e-6)  # worst seen 2e-8
+
+
+def test_clip_loss_by_hand() -> None:
+    text, image = jnp.array([[3.0, 4.0], [1.0, 0.0]]), jnp.array([[4.0, 3.0], [0.0, 2.0]])
+    assert float(losses.clip_loss(text, image, 0.5)) == pytest.approx(0.5 - 0.96 / 2, rel=1e-5)
+    assert float(losses.clip_loss(text, image, 0.4)) == 0.0
+    half = losses.clip_loss(text.astype(jnp.bfloat16), image.astype(jnp.bfloat16), 0.5)
+    assert half.dtype == jnp.float32
+
+
+def test_clip_loss_of_empty_features_has_a_finite_gradient() -> None:
+    zeros = jnp.zeros((2, 4))
+    value, gradient = jax.value_and_grad(losses.clip_loss, argnums=1)(normal((2, 4)), zeros, 0.35)
+    assert float(value) == pytest.approx(0.35)
+    assert np.isfinite(gradient).all()

@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import AutoencoderTiny as TorchTiny
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
+from tiue_jax.models.clip import CLIP
+from tiue_jax.models.taesd import AutoencoderTiny
 from tiue_jax.models.variants import VARIANTS, variant
 
 
@@ -63,6 +66,37 @@ def test_text_encoder_of_sd21(name: str):
         theirs = sum(p.numel() for p in CLIPTextModel(config).parameters())
     assert theirs == 340_387_840
     assert _count(VARIANTS[name].text_encoder, _int(1, 77)) == theirs
+
+
+def test_taesd():
+    """As many as diffusers' AutoencoderTiny has by default: 1,222,532 + 1,222,531."""
+    with torch.device("meta"):
+        module = TorchTiny()
+    theirs = {
+        name: sum(p.numel() for p in getattr(module, name).parameters())
+        for name in ("encoder", "decoder")
+    }
+    assert theirs == {"encoder": 1_222_532, "decoder": 1_222_531}
+    ours = AutoencoderTiny()
+    assert _count(ours, _float(1, 64, 64, 3)) == sum(theirs.values())
+    params = jax.eval_shape(ours.init, jax.random.key(0), _float(1, 512, 512, 3))
+    latents = jax.eval_shape(
+        lambda p, x: ours.apply(p, x, method="encode"), params, _float(1, 512, 512, 3)
+    )
+    assert latents.shape == (1, 64, 64, 4)
+
+
+def test_clip():
+    """151,277,313 are published for ViT-B/32; one of them is the logit scale."""
+    with torch.device("meta"):
+        theirs = sum(p.numel() for p in CLIPModel(CLIPConfig()).parameters())
+    assert theirs == 151_277_313
+    assert _count(CLIP(), _int(1, 77), _float(1, 224, 224, 3)) == theirs - 1
+
+
+def test_clip_refuses_images_of_another_size():
+    with pytest.raises(ValueError, match="pixels are 224 x 256, and CLIP takes 224 x 224"):
+        _count(CLIP(), _int(1, 77), _float(1, 224, 256, 3))
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21_base", "sd21"])

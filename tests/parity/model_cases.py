@@ -11,6 +11,7 @@ from diffusers.models.unets import unet_2d_blocks, unet_2d_condition
 from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.models.clip import modeling_clip
 
+from tests.parity.auxiliary_cases import AUXILIARY_CASES
 from tests.parity.block_cases import (
     BLOCK_CASES,
     CONTEXT,
@@ -247,4 +248,11 @@ MODEL_CASES: dict[str, Case] = {
     "text_gelu": _text_case("gelu"),
 }
 
-CASES: dict[str, Case] = {**LAYER_CASES, **BLOCK_CASES, **VAE_CASES, **CLIP_CASES, **MODEL_CASES}
+CASES: dict[str, Case] = {
+    **LAYER_CASES,
+    **BLOCK_CASES,
+    **VAE_CASES,
+    **CLIP_CASES,
+    **MODEL_CASES,
+    **AUXILIARY_CASES,
+}

@@ -16,6 +16,7 @@ import pytest
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from tests.parity.auxiliary_cases import FIRST_EOS, clip_module
 from tests.parity.cases import QUIET, Case, compiled, golden, worst_error
 from tests.parity.comparison import BOUND, normal, relative_error, to_torch
 from tests.parity.model_cases import CASES
@@ -39,9 +40,14 @@ def fresh(case: Case) -> Callable[..., Any]:
 
 
 # Of these dropping has no effect. A key bias adds q . b to all scores of a query alike, which the
-# softmax takes out again; the halves of the VAE do not touch each other.
+# softmax takes out again; the halves of a VAE or a CLIP do not touch each other.
 KEY_BIASES = (("to_k", "bias"), ("k_proj", "bias"))
-UNUSED = {"encode": ("decoder", "post_quant_conv"), "decode": ("encoder", "quant_conv")}
+UNUSED = {
+    "encode": ("decoder", "post_quant_conv"),
+    "decode": ("encoder", "quant_conv"),
+    "encode_text": ("vision_model", "visual_projection"),
+    "encode_image": ("text_model", "text_projection"),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -107,7 +113,8 @@ PARAMETER_MUTATIONS: dict[str, tuple[Callable[[Params], Params], tuple[str, ...]
     "swap value and gate of GEGLU": (_geglu_halves, ("feed_forward", "unet_sd1")),
     "flip kernels": (
         _each_conv(lambda x: x[::-1, ::-1]),
-        ("conv", "resnet", "downsample", "upsample", "unet_sd1", "vae_decode"),
+        ("conv", "resnet", "downsample", "upsample", "unet_sd1", "vae_decode")
+        + ("taesd_encode", "taesd_decode", "clip_vision_tower"),
     ),
     "swap height and width of kernels": (
         _each_conv(lambda x: x.transpose(1, 0, 2, 3)),
@@ -134,6 +141,13 @@ OPTION_MUTATIONS: dict[str, tuple[str, nn.Module]] = {
     "heads of the text encoder": ("clip_layer_gelu", clip.CLIPLayer(4, 40, "gelu", 1e-5)),
     "gelu for quick_gelu": ("clip_layer_quick_gelu", clip.CLIPLayer(2, 40, "gelu", 1e-5)),
     "quick_gelu for gelu": ("clip_layer_gelu", clip.CLIPLayer(2, 40, "quick_gelu", 1e-5)),
+    "a causal vision tower": (
+        "clip_vision_layer",
+        clip.CLIPLayer(3, 36, "quick_gelu", 1e-5),
+    ),
+    "a vision tower's other activation": ("clip_image_gelu", clip_module("quick_gelu", FIRST_EOS)),
+    "the largest id for the first end": ("clip_text_first_gelu", clip_module("gelu", 2)),
+    "the first end for the largest id": ("clip_text_legacy_gelu", clip_module("gelu", FIRST_EOS)),
     "half the groups": ("group_norm", layers.GroupNorm(2, 1e-5)),
     "groups of a resnet": ("resnet_skip_straddling", layers.ResnetBlock(16, 2)),
     "the UNet's padding in the VAE": ("downsample_vae", layers.Downsample(8)),
@@ -161,6 +175,7 @@ NORMS = {
     "unet_one_level": ("conv_norm_out",),
     "clip_layer_gelu": ("layer_norm1", "layer_norm2"),
     "text_gelu": ("text_model/final_layer_norm",),
+    "clip_vision_tower": ("pre_layrnorm",),  # it brings what follows to order 1
 }
 
 

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tiue_jax.io.errors import InputError
+from tiue_jax.models.taesd import AutoencoderTiny
 from tiue_jax.models.variants import VARIANTS
 from tiue_jax.pretrained import configs
 from tiue_jax.pretrained.names import (
@@ -44,6 +45,13 @@ SHAPES = {
         (("ff", "net_0", "proj", "kernel"), "ff.net.0.proj.weight", 2),
         (("e", "token_embedding", "embedding"), "e.token_embedding.weight", 2),
         (("encoder", "layers_11", "mlp", "fc1", "bias"), "encoder.layers.11.mlp.fc1.bias", 1),
+        (("decoder", "layers_2", "conv_4", "kernel"), "decoder.layers.2.conv.4.weight", 4),
+        (
+            ("v", "embeddings", "patch_embedding", "kernel"),
+            "v.embeddings.patch_embedding.weight",
+            4,
+        ),
+        (("v", "embeddings", "class_embedding"), "v.embeddings.class_embedding", 1),
     ],
 )
 def test_names_by_hand(path: tuple[str, ...], name: str, rank: int) -> None:
@@ -86,7 +94,7 @@ def test_every_list_is_in_use() -> None:
 
 def _components(variant: str) -> set[str]:
     modules = VARIANTS[variant]
-    networks = (modules.unet, modules.vae, modules.text_encoder)
+    networks = (modules.unet, modules.vae, modules.text_encoder, AutoencoderTiny())
     return {module for network in networks for path in param_shapes(network) for module in path}
 
 
@@ -124,6 +132,9 @@ def test_a_linear_layer_and_a_1x1_convolution_hold_the_same() -> None:
         ("text_encoder", "final_layer_norm.bias", "text_model.final_layer_norm.bias"),
         ("text_encoder", "text_model.embeddings.position_ids", None),
         ("unet", "mid_block.attentions.0.key.weight", "mid_block.attentions.0.key.weight"),
+        ("clip", "vision_model.embeddings.position_ids", None),
+        ("clip", "logit_scale", None),
+        ("clip", "vision_model.pre_layrnorm.bias", "vision_model.pre_layrnorm.bias"),
     ],
 )
 def test_former_names(part: str, stored: str, name: str | None) -> None:

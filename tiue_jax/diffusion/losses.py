@@ -60,3 +60,20 @@ def lora_loss(
 ) -> Float[Array, ""]:
     """L_lora = mean((alpha_t e_L - alpha_t n)^2), without guidance. Source: TiUE's public code."""
     return jnp.mean(jnp.square(alpha * eps_lora.astype(jnp.float32) - alpha * noise))
+
+
+def clip_loss(
+    text_features: Float[Array, "b d"], image_features: Float[Array, "b d"], tau: float | Array
+) -> Float[Array, ""]:
+    """L_clip = max(0, tau - mean cos(text, image)), cos with norms of at least 1e-8.
+
+    Source: arXiv 2408.14176 (SwiftBrush v2), as TiUE's public code has it; torch.cosine_similarity.
+    """
+
+    def unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+        x = x.astype(jnp.float32)
+        # The bound is on the square, so that the gradient at 0 is finite.
+        return x / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), 1e-16))
+
+    cosine = jnp.sum(unit(text_features) * unit(image_features), axis=-1)
+    return jax.nn.relu(tau - jnp.mean(cosine))
