@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64, Int
+from jaxtyping import Array, Float, Float64, Int, Num
 
 from tiue_jax.diffusion.losses import classifier_free_guidance
 from tiue_jax.diffusion.schedule import NoiseSchedule
@@ -36,6 +36,19 @@ def step_coefficients(
     if schedule.prediction_type == "epsilon":
         return alpha_to / alpha, sigma_to - alpha_to * sigma / alpha
     return alpha_to * alpha + sigma_to * sigma, sigma_to * alpha - alpha_to * sigma
+
+
+def x0_coefficients(
+    schedule: NoiseSchedule, timesteps: Int[np.ndarray, " K"]
+) -> tuple[Float64[np.ndarray, " K"], Float64[np.ndarray, " K"]]:
+    """(p, q) of the clean image that each output stands for, x0 = p x + q o; float64, host.
+
+    o = eps: p = 1 / a, q = -s / a; o = v: p = a, q = -s. It is a step that arrives at a' = 1.
+    """
+    alpha, sigma = schedule.alpha_sigma(np.asarray(timesteps))
+    if schedule.prediction_type == "epsilon":
+        return 1.0 / alpha, -sigma / alpha
+    return alpha, -sigma
 
 
 def closed_form(
@@ -57,6 +70,28 @@ def ddim_step(
 ) -> Float[Array, "*s"]:
     """x' = c x + d o in fp32; (c, d) from `step_coefficients`."""
     return c * x + d * output.astype(jnp.float32)
+
+
+def predicted_noise(
+    schedule: NoiseSchedule,
+    timesteps: Int[np.ndarray, " K"],
+    noise: Float[Array, "b h w c"],
+    outputs: Float[Array, "b K h w c"],
+) -> Float[Array, "b K h w c"]:
+    """eps_i that the outputs o_i along the DDIM trajectory from `noise` stand for.
+
+    o = eps: the outputs themselves. o = v: alpha_i v_i + sigma_i x_i, with x_1 = z and x_{i+1} =
+    c_i x_i + d_i v_i.
+    """
+    if schedule.prediction_type == "epsilon":
+        return outputs
+    c, d = step_coefficients(schedule, timesteps)
+    alpha, sigma = schedule.alpha_sigma(np.asarray(timesteps))
+    x, eps = noise, []
+    for i in range(len(timesteps)):
+        eps.append(float(alpha[i]) * outputs[:, i] + float(sigma[i]) * x)
+        x = ddim_step(x, outputs[:, i], float(c[i]), float(d[i]))
+    return jnp.stack(eps, axis=1)
 
 
 def ddim_loop(
@@ -90,7 +125,7 @@ def guided_output(
     unet: UNet,
     params: Mapping[str, Any],
     x_t: Float[Array, "b h w c"],
-    t: Int[Array, " b"],
+    t: Num[Array, " b"],
     context: Float[Array, "b n d"],
     null_context: Float[Array, "b n d"],
     scale: float | Array,
@@ -107,6 +142,34 @@ def guided_output(
     out = unet.apply({"params": params}, pair(x_t, x_t), pair(t, t), pair(null_context, context))
     out = out.astype(jnp.float32).reshape(-1, 2, *x_t.shape[1:])
     return classifier_free_guidance(out[:, 0], out[:, 1], scale)
+
+
+def predictor(
+    unet: UNet,
+    params: Mapping[str, Any],
+    context: Float[Array, "b n d"],
+    null_context: Float[Array, "b n d"],
+    scale: float | Array,
+    guided: bool,
+) -> Predict:
+    """The predict(x, t) of a sampler's loop, with guidance `scale` in the way that `unet` has it.
+
+    A UNet with a `time_cond_dim` (LCM's) is told w; any other runs twice, as `guided_output`.
+
+    Args:
+        guided: False: of the prompt alone, w = 1, whatever `scale` is.
+    """
+
+    def predict(x: Array, t: Array) -> Array:
+        if unet.time_cond_dim is not None:
+            w = jnp.asarray(scale if guided else 1.0, jnp.float32)
+            told = jnp.broadcast_to(w, x.shape[:1])
+            return unet.apply({"params": params}, x, t, context, told)
+        if guided:
+            return guided_output(unet, params, x, t, context, null_context, scale)
+        return unet.apply({"params": params}, x, t, context)
+
+    return predict
 
 
 @partial(jax.jit, static_argnames=("unet", "schedule", "num_steps", "spacing", "guided"))
@@ -135,10 +198,5 @@ def ddim_sample(
         x0, scaled latents, fp32: divide by the VAE's scaling factor to decode.
     Source: diffusers 0.42 StableDiffusionPipeline with DDIMScheduler, eta 0, no clipping.
     """
-
-    def predict(x: Array, t: Array) -> Array:
-        if guided:
-            return guided_output(unet, params, x, t, context, null_context, guidance_scale)
-        return unet.apply({"params": params}, x, t, context)
-
+    predict = predictor(unet, params, context, null_context, guidance_scale, guided)
     return ddim_loop(predict, schedule, noise, schedule.timesteps(num_steps, spacing))

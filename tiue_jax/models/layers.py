@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
@@ -144,18 +145,42 @@ def timestep_embedding(t: Num[Array, " b"], dim: int) -> Float[Array, "b d"]:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def guidance_embedding(w: Float[Array, " b"], dim: int) -> Float[Array, "b d"]:
+    """sin(1000 (w - 1) w_i), then cos, with w_i = 10000^(-i / (dim/2 - 1)); fp32.
+
+    Args:
+        w: guidance scale of u + w (c - u); 1 is no guidance.
+        dim: even, at least 4.
+    Source: diffusers 0.42 LatentConsistencyModelPipeline.get_guidance_scale_embedding, whose
+        rounding of the exponents to fp32 is kept: at w = 8 the last bit of a frequency turns its
+        angle by 4e-4.
+    """
+    half = dim // 2
+    exponents = np.arange(half, dtype=np.float32) * (-np.log(np.float32(10000.0)) / (half - 1))
+    frequencies = jnp.asarray(np.exp(exponents.astype(np.float64)), jnp.float32)
+    angles = (1000.0 * (w.astype(jnp.float32) - 1.0))[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
 class TimestepEmbedding(nn.Module):
-    """linear, SiLU, linear: sinusoids to the embedding that every ResnetBlock adds."""
+    """linear, SiLU, linear: sinusoids to the embedding that every ResnetBlock adds.
+
+    Args of the call: `condition` (LCM's guidance embedding) is projected and added to the
+    sinusoids; the projection has parameters only where there is one.
+    """
 
     features: int
     dtype: DTypeLike = jnp.float32
 
-    def setup(self) -> None:
-        self.linear_1 = nn.Dense(self.features, dtype=self.dtype)
-        self.linear_2 = nn.Dense(self.features, dtype=self.dtype)
-
-    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b e"]:
-        return self.linear_2(nn.silu(self.linear_1(x)))
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b d"], condition: Float[Array, "b g"] | None = None
+    ) -> Float[Array, "b e"]:
+        if condition is not None:
+            cond_proj = nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")
+            x = x + cond_proj(condition)
+        x = nn.silu(nn.Dense(self.features, dtype=self.dtype, name="linear_1")(x))
+        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(x)
 
 
 class ResnetBlock(nn.Module):

@@ -19,6 +19,7 @@ from tiue_jax.models.layers import (
     TimestepEmbedding,
     Transformer2D,
     Upsample,
+    guidance_embedding,
     timestep_embedding,
 )
 
@@ -150,6 +151,8 @@ class UNet(nn.Module):
         context_dim: width of the text encoder. The parameters depend on it, the code does not.
         linear_projection: dense instead of 1x1-conv projections in Transformer2D (SD 2.x).
         upcast_attention: queries and keys in fp32 (SD 2.1).
+        time_cond_dim: width of the embedding of the guidance scale, which the UNet then takes as an
+            input (LCM: 256); even, at least 4. None: an ordinary UNet.
         remat: rematerialise every ResnetBlock and Transformer2D in the backward pass.
         dtype: compute dtype; the output is in it too.
     """
@@ -165,6 +168,7 @@ class UNet(nn.Module):
     norm_groups: int = 32
     norm_eps: float = 1e-5
     upcast_attention: bool = False
+    time_cond_dim: int | None = None
     remat: bool = False
     dtype: DTypeLike = jnp.float32
 
@@ -195,11 +199,27 @@ class UNet(nn.Module):
         self.conv_norm_out = GroupNorm(self.norm_groups, self.norm_eps, self.dtype)
         self.conv_out = Conv(self.out_channels, dtype=self.dtype)
 
-    def _time(self, t: Num[Array, " b"]) -> Float[Array, "b e"]:
-        return self.time_embedding(timestep_embedding(t, self.block_out_channels[0]))
+    def _time(
+        self, t: Num[Array, " b"], guidance: Float[Array, " b"] | None
+    ) -> Float[Array, "b e"]:
+        sinusoids = timestep_embedding(t, self.block_out_channels[0])
+        if self.time_cond_dim is None:
+            if guidance is not None:
+                raise ValueError("guidance: this UNet has no input for it (time_cond_dim is None)")
+            return self.time_embedding(sinusoids)
+        if guidance is None:
+            raise ValueError(
+                f"guidance: None, but this UNet (time_cond_dim {self.time_cond_dim}) takes the "
+                "guidance scale as an input"
+            )
+        return self.time_embedding(sinusoids, guidance_embedding(guidance, self.time_cond_dim))
 
     def encode(
-        self, x: Float[Array, "b h w c"], t: Num[Array, " b"], context: Float[Array, "b n d"]
+        self,
+        x: Float[Array, "b h w c"],
+        t: Num[Array, " b"],
+        context: Float[Array, "b n d"],
+        guidance: Float[Array, " b"] | None = None,
     ) -> Features:
         """conv_in, the down blocks and the mid block at timestep `t`.
 
@@ -207,8 +227,12 @@ class UNet(nn.Module):
             x: latents (scaled), h and w divisible by 2^(levels - 1).
             t: timesteps, 0..999.
             context: last hidden state of the text encoder.
+            guidance: w of u + w (c - u), if and only if `time_cond_dim` is set.
+
+        Raises:
+            ValueError: guidance that is missing, or that this UNet has no input for.
         """
-        temb, x = self._time(t), self.conv_in(x)
+        temb, x = self._time(t, guidance), self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
             x, more = block(x, temb, context)
@@ -216,17 +240,25 @@ class UNet(nn.Module):
         return Features(self.mid_block(x, temb, context), tuple(skips))
 
     def decode(
-        self, features: Features, t: Num[Array, " b"], context: Float[Array, "b n d"]
+        self,
+        features: Features,
+        t: Num[Array, " b"],
+        context: Float[Array, "b n d"],
+        guidance: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c"]:
         """The up blocks and the output head at timestep `t`, which need not be the encoder's."""
-        temb, x, skips = self._time(t), features.mid, features.skips
+        temb, x, skips = self._time(t, guidance), features.mid, features.skips
         for block in self.up_blocks:
             x = block(x, skips[-block.num_layers :], temb, context)
             skips = skips[: -block.num_layers]
         return self.conv_out(nn.silu(self.conv_norm_out(x)))
 
     def __call__(
-        self, x: Float[Array, "b h w c"], t: Num[Array, " b"], context: Float[Array, "b n d"]
+        self,
+        x: Float[Array, "b h w c"],
+        t: Num[Array, " b"],
+        context: Float[Array, "b n d"],
+        guidance: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c"]:
         """`encode` and `decode` at the same timestep: an ordinary Stable Diffusion UNet."""
-        return self.decode(self.encode(x, t, context), t, context)
+        return self.decode(self.encode(x, t, context, guidance), t, context, guidance)
