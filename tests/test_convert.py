@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
 import runpy
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +23,7 @@ import pytest
 from absl import flags
 from safetensors.numpy import load_file
 
+from tests.conftest import ROOT
 from tests.pretrained.folders import MODEL, WEIGHTS, bits, copy_model, edit_json, edit_weights
 from tiue_jax.data.pipeline import make_batches
 from tiue_jax.data.prompts import Prompts
@@ -220,8 +227,8 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], Any], str]] = {
         "another kind of model",
     ),
     "another network": (
-        lambda m: edit_json(m / "unet/config.json", time_cond_proj_dim=256),
-        "unet/config.json [time_cond_proj_dim]: value is not supported, expected null, found 256",
+        lambda m: edit_json(m / "unet/config.json", dual_cross_attention=True),
+        "[dual_cross_attention]: value is not supported, expected false, found true",
     ),
 }
 
@@ -285,3 +292,93 @@ def test_wrong_flags_and_folders(
     assert message in done.err
     assert _files(tmp_path) == before
     assert not (tmp_path / "out").exists()
+
+
+@contextmanager
+def _small_files() -> Iterator[None]:
+    """No file may grow beyond 2 MB: as a disk that is full midway."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def _no_space_at_the_end() -> Iterator[None]:
+    """A disk that says that it is full when what was written is to reach it."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        yield
+
+
+def _earlier_output(model: Path) -> Path:
+    """What an earlier conversion left beside the output to be."""
+    return copy_model(model.parent / "earlier")
+
+
+@pytest.mark.parametrize(
+    ("full", "message"),
+    [(_small_files, "File too large"), (_no_space_at_the_end, "No space left on device")],
+)
+def test_a_full_disk_leaves_input_and_earlier_output_whole(
+    full: Callable[[], AbstractContextManager[None]],
+    message: str,
+    convert: Callable[..., Done],
+    model: Path,
+    tmp_path: Path,
+) -> None:
+    _earlier_output(model)
+    before = _files(tmp_path)
+    with full():
+        done = convert(f"--input={model}", f"--output={tmp_path / 'deep/out'}")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
+    assert message in done.err
+    assert _files(tmp_path) == before
+    assert not (tmp_path / "deep").exists()
+    assert convert(f"--input={model}", f"--output={tmp_path / 'deep/out'}").code == 0
+
+
+KILLED_MIDWAY = """
+import runpy, sys, time
+from tiue_jax.pretrained import weights
+check = weights.require_finite
+
+def slow(array, file, key):
+    check(array, file, key)
+    if ".tmp" in str(file) and key.startswith("mid_block"):
+        print("midway", flush=True)
+        time.sleep(600)
+
+weights.require_finite = slow
+runpy.run_module("tiue_jax.convert", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_killed_conversion_leaves_input_and_earlier_output_whole(
+    convert: Callable[..., Done], model: Path, tmp_path: Path
+) -> None:
+    earlier, out = _earlier_output(model), tmp_path / "out"
+    before, beside = _files(model), _files(earlier)
+    args = [f"--input={model}", f"--output={out}"]
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED_MIDWAY, *args], stdout=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"midway\n"
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not out.exists()
+    (partial,) = tmp_path.glob(".out.*.tmp")  # hidden, and no model: it has no model_index.json
+    assert not (partial / "model_index.json").exists()
+    assert (_files(model), _files(earlier)) == (before, beside)
+    assert convert(*args).code == 0  # what is left behind is not in the way
+    assert convert(f"--input={out}", f"--output={tmp_path / 'back'}").code == 0
+    for name in WEIGHTS.values():
+        assert (tmp_path / "back" / name).read_bytes() == before[name]

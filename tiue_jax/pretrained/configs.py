@@ -1,4 +1,4 @@
-"""config.json of the three networks <-> fields of our modules.
+"""config.json of the networks <-> fields of our modules.
 
 Reading refuses, naming file and key, whatever would make the network another than ours computes.
 Writing spells every default out, so that no other version's defaults enter.
@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tiue_jax.io.errors import InputError
-from tiue_jax.models.clip import ACTIVATIONS, CLIPTextEncoder
+from tiue_jax.models.clip import ACTIVATIONS, CLIP, LEGACY_EOS, CLIPTextEncoder, Tower
+from tiue_jax.models.taesd import AutoencoderTiny
 from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.pretrained.jsonfile import Fields
@@ -52,7 +53,6 @@ _UNET_ONLY: dict[str, tuple[Any, ...]] = {
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
     "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
@@ -63,7 +63,7 @@ _UNET_READ = frozenset(
     (
         "attention_head_dim block_out_channels cross_attention_dim down_block_types in_channels"
         " layers_per_block norm_eps norm_num_groups out_channels sample_size up_block_types"
-        " upcast_attention use_linear_projection"
+        " time_cond_proj_dim upcast_attention use_linear_projection"
     ).split()
 )
 
@@ -82,6 +82,22 @@ _VAE_READ = frozenset(
     (
         "block_out_channels force_upcast in_channels latent_channels layers_per_block"
         " norm_num_groups out_channels sample_size scaling_factor"
+    ).split()
+)
+
+_TAESD_ONLY: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("relu",),
+    "force_upcast": (False, True),
+    "latent_magnitude": (3,),
+    "latent_shift": (0.5,),
+    "shift_factor": (0.0, None),
+    "upsample_fn": ("nearest",),
+    "upsampling_scaling_factor": (2,),
+}
+_TAESD_READ = frozenset(
+    (
+        "block_out_channels decoder_block_out_channels encoder_block_out_channels in_channels"
+        " latent_channels num_decoder_blocks num_encoder_blocks out_channels scaling_factor"
     ).split()
 )
 
@@ -121,11 +137,12 @@ def unet_from_config(config: Fields, **fields: Any) -> UNet:
         layers_per_block=_one_for_all(config, "layers_per_block", 2, levels, 16),
         cross_attention=cross,
         num_heads=heads,
-        context_dim=_one_for_all(config, "cross_attention_dim", 1280, levels, MAX_CHANNELS),
+        context_dim=_one_for_all(config, "cross_attention_dim", 1280, levels),
         linear_projection=config.boolean("use_linear_projection", False),
         norm_groups=groups,
         norm_eps=config.number("norm_eps", 1e-5, 1e-12, 1e-1),
         upcast_attention=config.boolean("upcast_attention", False),
+        time_cond_dim=_time_cond_dim(config),
         **fields,
     )
 
@@ -145,6 +162,7 @@ def unet_config(unet: UNet, latent_size: int) -> Json:
         "norm_num_groups": unet.norm_groups,
         "out_channels": unet.out_channels,
         "sample_size": latent_size,
+        "time_cond_proj_dim": unet.time_cond_dim,
         "up_block_types": [_UP[cross] for cross in reversed(unet.cross_attention)],
         "upcast_attention": unet.upcast_attention,
         "use_linear_projection": unet.linear_projection,
@@ -213,6 +231,49 @@ def vae_config(vae: AutoencoderKL) -> Json:
     }
 
 
+def taesd_from_config(config: Fields, **fields: Any) -> AutoencoderTiny:
+    """Return the small autoencoder that AutoencoderTiny's config.json describes.
+
+    Raises:
+        InputError: a setting that is malformed, or that we do not implement.
+    """
+    _require_class(config, "AutoencoderTiny")
+    _only(config, _TAESD_ONLY, _TAESD_READ)
+    encoder_blocks = config.integers("num_encoder_blocks", (1, 3, 3, 3), None, 1, 64)
+    levels = len(encoder_blocks)
+    in_channels = config.integer("in_channels", 3, 1, 64)
+    if config.integer("out_channels", 3, 1, 64) != in_channels:
+        raise config.refuse("out_channels", f"in_channels, {in_channels}")
+    return AutoencoderTiny(
+        in_channels=in_channels,
+        latent_channels=config.integer("latent_channels", 4, 1, 64),
+        encoder_channels=_one_for_all(config, "encoder_block_out_channels", 64, levels),
+        decoder_channels=_one_for_all(config, "decoder_block_out_channels", 64, levels),
+        num_encoder_blocks=encoder_blocks,
+        num_decoder_blocks=config.integers("num_decoder_blocks", (3, 3, 3, 1), levels, 1, 64),
+        scaling_factor=config.number("scaling_factor", 1.0, 1e-6, 1e6),
+        **fields,
+    )
+
+
+def taesd_config(taesd: AutoencoderTiny) -> Json:
+    """Return the AutoencoderTiny config of `taesd`."""
+    levels = len(taesd.num_encoder_blocks)
+    return {
+        "_class_name": "AutoencoderTiny",
+        **{key: values[0] for key, values in _TAESD_ONLY.items()},
+        "block_out_channels": [taesd.decoder_channels] * levels,
+        "decoder_block_out_channels": [taesd.decoder_channels] * levels,
+        "encoder_block_out_channels": [taesd.encoder_channels] * levels,
+        "in_channels": taesd.in_channels,
+        "latent_channels": taesd.latent_channels,
+        "num_decoder_blocks": list(taesd.num_decoder_blocks),
+        "num_encoder_blocks": list(taesd.num_encoder_blocks),
+        "out_channels": taesd.in_channels,
+        "scaling_factor": taesd.scaling_factor,
+    }
+
+
 def text_encoder_from_config(config: Fields, **fields: Any) -> CLIPTextEncoder:
     """Return the text encoder that `text_encoder/config.json` (CLIPTextModel's) describes.
 
@@ -221,25 +282,9 @@ def text_encoder_from_config(config: Fields, **fields: Any) -> CLIPTextEncoder:
     Raises:
         InputError: a setting that is malformed, or that we do not implement.
     """
-    kind = config.values.get("model_type", "clip_text_model")
-    if kind != "clip_text_model":
-        raise config.refuse("model_type", "clip_text_model")
-    if config.values.get("architectures") not in (None, ["CLIPTextModel"]):
-        raise config.refuse("architectures", "CLIPTextModel")
-    hidden = config.integer("hidden_size", 512, 1, MAX_CHANNELS)
-    heads = config.integer("num_attention_heads", 8, 1, MAX_CHANNELS)
-    if hidden % heads:
-        raise config.refuse("num_attention_heads", f"a divisor of hidden_size {hidden}")
+    _require_model_type(config, "clip_text_model", "CLIPTextModel")
     return CLIPTextEncoder(
-        vocab_size=config.integer("vocab_size", 49408, 1, 1 << 20),
-        hidden_size=hidden,
-        intermediate_size=config.integer("intermediate_size", 2048, 1, 1 << 16),
-        num_layers=config.integer("num_hidden_layers", 12, 1, 64),
-        num_heads=heads,
-        max_length=config.integer("max_position_embeddings", 77, 1, 4096),
-        activation=config.choice("hidden_act", "quick_gelu", tuple(ACTIVATIONS)),
-        eps=config.number("layer_norm_eps", 1e-5, 1e-12, 1e-1),
-        **fields,
+        **_tower(config, "", CLIP.text)._asdict(), **_vocabulary(config, ""), **fields
     )
 
 
@@ -258,6 +303,78 @@ def text_encoder_config(encoder: CLIPTextEncoder) -> Json:
         "num_hidden_layers": encoder.num_layers,
         "vocab_size": encoder.vocab_size,
     }
+
+
+def clip_from_config(config: Fields, **fields: Any) -> CLIP:
+    """Return both towers of the CLIP that transformers' config.json (CLIPModel's) describes.
+
+    What a tower's object leaves out is that of ViT-B/32. Keys that do not matter here are passed
+    over, as in `text_encoder_from_config`.
+
+    Raises:
+        InputError: a setting that is malformed, or that we do not implement.
+    """
+    _require_model_type(config, "clip", "CLIPModel")
+    both = Fields(_flat(config, "text_config") | _flat(config, "vision_config"), config.file)
+    both.only("vision_config.num_channels", (3,))
+    image_size = both.integer("vision_config.image_size", 224, 1, 4096)
+    vocabulary = _vocabulary(both, "text_config.")
+    last_token = max(vocabulary["vocab_size"] - 1, LEGACY_EOS)
+    return CLIP(
+        text=_tower(both, "text_config.", CLIP.text),
+        vision=_tower(both, "vision_config.", CLIP.vision),
+        image_size=image_size,
+        patch_size=both.integer("vision_config.patch_size", 32, 1, image_size),
+        projection_dim=config.integer("projection_dim", 512, 1, MAX_CHANNELS),
+        eos_token_id=both.integer("text_config.eos_token_id", 49407, 0, last_token),
+        **vocabulary,
+        **fields,
+    )
+
+
+def _flat(config: Fields, name: str) -> Json:
+    """Return the settings of the object `name` as "name.key"; `name`_dict goes before, if there.
+
+    Source: transformers' CLIPConfig, whose older files have both.
+    """
+    older = f"{name}_dict"
+    key = name if config.values.get(older) is None else older
+    found = config.values.get(key)
+    if not isinstance(found, dict | None):
+        raise config.refuse(key, "an object")
+    return {f"{name}.{setting}": value for setting, value in (found or {}).items()}
+
+
+def _tower(config: Fields, prefix: str, default: Tower) -> Tower:
+    """Return a CLIP transformer's shape from the keys that start with `prefix`."""
+    hidden = config.integer(f"{prefix}hidden_size", default.hidden_size, 1, MAX_CHANNELS)
+    heads = config.integer(f"{prefix}num_attention_heads", default.num_heads, 1, MAX_CHANNELS)
+    if hidden % heads:
+        raise config.refuse(f"{prefix}num_attention_heads", f"a divisor of hidden_size {hidden}")
+    mlp = config.integer(f"{prefix}intermediate_size", default.intermediate_size, 1, 1 << 16)
+    return Tower(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_layers=config.integer(f"{prefix}num_hidden_layers", default.num_layers, 1, 64),
+        num_heads=heads,
+        activation=config.choice(f"{prefix}hidden_act", default.activation, tuple(ACTIVATIONS)),
+        eps=config.number(f"{prefix}layer_norm_eps", default.eps, 1e-12, 1e-1),
+    )
+
+
+def _vocabulary(config: Fields, prefix: str) -> dict[str, int]:
+    return {
+        "vocab_size": config.integer(f"{prefix}vocab_size", 49408, 1, 1 << 20),
+        "max_length": config.integer(f"{prefix}max_position_embeddings", 77, 1, 4096),
+    }
+
+
+def _require_model_type(config: Fields, kind: str, architecture: str) -> None:
+    """Hold what transformers says about a config.json against what we read it as."""
+    if config.values.get("model_type", kind) != kind:
+        raise config.refuse("model_type", kind)
+    if config.values.get("architectures") not in (None, [architecture]):
+        raise config.refuse("architectures", architecture)
 
 
 def _require_class(config: Fields, name: str) -> None:
@@ -289,12 +406,25 @@ def _block_types(
     return tuple(flags[name] for name in value)
 
 
-def _one_for_all(config: Fields, key: str, default: int, levels: int, high: int) -> int:
+def _one_for_all(
+    config: Fields, key: str, default: int, levels: int, high: int = MAX_CHANNELS
+) -> int:
     """Return an integer that may be given as a list of one a level, all equal."""
     values = set(config.integers(key, default, levels, 1, high))
     if len(values) != 1:
         raise config.refuse(key, "the same for all levels")
     return values.pop()
+
+
+def _time_cond_dim(config: Fields) -> int | None:
+    """Return the width of the guidance embedding; null counts as absent."""
+    key = "time_cond_proj_dim"
+    if config.values.get(key) is None:
+        return None
+    dim = config.integer(key, 256, 4, MAX_CHANNELS)
+    if dim % 2:
+        raise config.refuse(key, "null or an even integer")
+    return dim
 
 
 def _shorten(heads: tuple[int, ...]) -> int | list[int]:

@@ -3,49 +3,79 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import numpy as np
 
 from tiue_jax.io.errors import InputError
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_DEPTH = 64  # what can be read must be shown too, from any depth of our own calls
+MAX_VALUES = 1 << 19  # CLIP's vocabulary and merges are 200,000; a tensor in a header, 10
+MAX_SHOWN = 160  # characters of a key or a name from a file
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # to the end where it does not end
 
 
 def parse_object(text: bytes, file: Path) -> dict[str, Any]:
     """Return the JSON object that is `text`, UTF-8.
 
     Raises:
-        InputError: it is not JSON, not an object, nested too deeply, has a key twice or NaN in it.
+        InputError: it is not JSON, not an object, too deep or too long, or has a key twice or NaN.
     """
-
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            counts = Counter(key for key, _ in pairs)
-            twice = next(key for key, count in counts.items() if count > 1)
-            raise InputError("the same key twice in one JSON object", file=file, key=twice)
-        return found
-
-    def no_constant(name: str) -> float:
-        raise ValueError(f"{name} is not JSON")
-
+    depth, values = _extent(text)
+    if depth > MAX_DEPTH:
+        raise InputError("not usable JSON: nested too deeply", file=file)
+    if values > MAX_VALUES:
+        what = "not usable JSON: too many values"
+        raise InputError(what, file=file, expected=f"at most {MAX_VALUES}", found=values)
     try:
         found = json.loads(
-            text.decode("utf-8"), object_pairs_hook=without_duplicates, parse_constant=no_constant
+            text.decode("utf-8"),
+            object_pairs_hook=lambda pairs: (
+                found if len(found := dict(pairs)) == len(pairs) else _refuse_twice(pairs, file)
+            ),
+            parse_constant=_refuse_constant,
         )
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 text at byte {error.start}", file=file) from error
-    except RecursionError as error:
-        raise InputError("not usable JSON: nested too deeply", file=file) from error
     except ValueError as error:
         raise InputError(f"not JSON: {error}", file=file) from error
     if not isinstance(found, dict):
         raise InputError("not a JSON object", file=file, found=type(found).__name__)
     return found
+
+
+def _extent(text: bytes) -> tuple[int, int]:
+    """Return how deep the brackets of `text` are nested, and about how many values it has.
+
+    What is in strings is left out.
+    """
+    codes = np.frombuffer(_STRING.sub(b"", text), np.uint8)
+    opened = (codes == ord("[")) | (codes == ord("{"))
+    steps = opened.astype(np.int8) - ((codes == ord("]")) | (codes == ord("}")))
+    depth = np.cumsum(steps, dtype=np.int32).max(initial=0)
+    return int(depth), int(np.count_nonzero(opened) + np.count_nonzero(codes == ord(",")))
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]], file: Path) -> NoReturn:
+    counts = Counter(key for key, _ in pairs)
+    twice = next(key for key, count in counts.items() if count > 1)
+    raise InputError("the same key twice in one JSON object", file=file, key=cut(twice))
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def cut(text: str) -> str:
+    """Return `text`, a key or a name, short enough for one line of error."""
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
 def read_object(file: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:

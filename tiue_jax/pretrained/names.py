@@ -5,7 +5,7 @@ The Flax modules copy diffusers' names, so that the two differ by three rules:
 | torch | Flax | where |
 |---|---|---|
 | `down_blocks.0` | `down_blocks_0` | entries of a module list (`LISTS`) |
-| `weight` | `kernel` (rank 2, 4), `scale` (rank 1), `embedding` (of an `*_embedding`) | last part |
+| `weight` | `kernel` (rank 2, 4), `scale` (rank 1), `embedding` (an `*_embedding`, rank 2) | last |
 | `[out, in]`, `[out, in, kh, kw]` | `[in, out]`, `[kh, kw, in, out]` | kernels |
 
 `torch_name` and `flax_path` are inverse to each other, which `Layout` checks for every parameter.
@@ -28,6 +28,7 @@ Shape = tuple[int, ...]
 
 LISTS = (
     "attentions",
+    "conv",
     "down_blocks",
     "downsamplers",
     "layers",
@@ -39,7 +40,13 @@ LISTS = (
     "upsamplers",
 )
 _ENTRY = re.compile(rf"({'|'.join(LISTS)})_(\d+)")
-_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "bias": "bias",
+    "class_embedding": "class_embedding",
+}
 
 # What older files call the four projections of the VAE's attention.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -63,7 +70,7 @@ def flax_path(name: str, rank: int) -> ParamPath:
             modules.append(part)
     if leaf != "weight":
         return (*modules, leaf)
-    if modules and modules[-1].endswith("_embedding"):
+    if rank == 2 and modules and modules[-1].endswith("_embedding"):
         return (*modules, "embedding")
     return (*modules, "scale" if rank == 1 else "kernel")
 
@@ -100,13 +107,15 @@ def canonical_name(part: str, name: str) -> str | None:
     """Return the present-day diffusers key for the stored key `name`; None for a buffer to ignore.
 
     Knows the VAE's former attention names, text encoders saved without their `text_model.` prefix,
-    and CLIP's former `position_ids` buffer.
+    CLIP's former `position_ids` buffer, and its `logit_scale`, which no feature depends on.
     """
-    if part == "text_encoder":
-        if name.endswith("embeddings.position_ids"):
-            return None
-        if name.split(".", 1)[0] in ("embeddings", "encoder", "final_layer_norm"):
-            return f"text_model.{name}"
+    if part in ("text_encoder", "clip") and name.endswith("embeddings.position_ids"):
+        return None
+    if part == "clip" and name == "logit_scale":
+        return None
+    bare = ("embeddings", "encoder", "final_layer_norm")
+    if part == "text_encoder" and name.split(".", 1)[0] in bare:
+        return f"text_model.{name}"
     if part == "vae":
         before, dot, after = name.partition("mid_block.attentions.0.")
         old, _, leaf = after.rpartition(".")
@@ -143,6 +152,8 @@ DIFFUSERS = Form(
         "unet": "diffusion_pytorch_model.safetensors",
         "vae": "diffusion_pytorch_model.safetensors",
         "text_encoder": "model.safetensors",
+        "taesd": "diffusion_pytorch_model.safetensors",
+        "clip": "model.safetensors",
     },
     key=torch_name,
     canonical=canonical_name,
@@ -169,7 +180,7 @@ class Layout:
     """The parameters that one network has, and what a file of one form calls them.
 
     Attributes:
-        part: "unet", "vae" or "text_encoder".
+        part: a key of `form.file_names`: "unet", "vae", ...
         shapes: Flax path -> Flax shape of every parameter.
     """
 
@@ -215,11 +226,11 @@ class Layout:
             "given twice": twice,
         }
         if any(faults.values()):
-            raise InputError(f"keys do not fit the {self.part}: {_list_faults(faults)}", file=file)
+            raise InputError(f"keys do not fit the {self.part}: {list_faults(faults)}", file=file)
         return {wanted[name]: held[name] for name in both}
 
 
-def _list_faults(faults: Mapping[str, list[str]]) -> str:
+def list_faults(faults: Mapping[str, list[str]]) -> str:
     """Return "3 missing (a, b, c); 1 misshapen (d)", each list cut after its first few."""
     told = []
     for kind, names in faults.items():

@@ -1,8 +1,9 @@
-"""The parameters of one network <-> its weight file, tensor by tensor."""
+"""The parameters of one network <-> its weights, tensor by tensor."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,43 +16,58 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
+from tiue_jax.io.errors import InputError
+from tiue_jax.models.clip import CLIP
+from tiue_jax.models.taesd import AutoencoderTiny
 from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.pretrained.names import FLAX, Form, Layout, ParamPath, Shape
-from tiue_jax.pretrained.weights import (
-    WeightFile,
-    convert_dtype,
-    open_weights,
-    require_finite,
-    write_weights,
-)
+from tiue_jax.pretrained.shards import Weights, open_part
+from tiue_jax.pretrained.sizes import network_size
+from tiue_jax.pretrained.weights import convert_dtype, require_finite, write_weights
 
 Params = dict[str, Any]
+
+MAX_TENSORS = 4096  # of one network; SD's UNet has 686, and each takes some ms to trace
 
 
 @dataclass(frozen=True)
 class ParamFile:
-    """A weight file that holds exactly the parameters of one network, no tensor read yet.
+    """Weights that hold exactly the parameters of one network, no tensor read yet.
 
     Attributes:
-        weights: the checked file.
+        weights: the checked file, or files.
         layout: the network's parameters.
-        keys: path of a parameter -> its key in the file.
+        keys: path of a parameter -> its key in the weights.
     """
 
-    weights: WeightFile
+    weights: Weights
     layout: Layout
     keys: dict[ParamPath, str]
 
     @classmethod
-    def open(cls, module: nn.Module, part: str, folder: Path, form: Form) -> ParamFile:
-        """Check that the weight file in `folder` fits `module`: header, keys, shapes, dtypes.
+    def open(
+        cls, module: nn.Module, part: str, folder: Path, form: Form, variant: str | None = None
+    ) -> ParamFile:
+        """Check that the weights in `folder` fit `module`: headers, keys, shapes, dtypes.
+
+        Args:
+            variant: as of `shards.open_part`.
 
         Raises:
-            InputError: it does not; says where and how.
+            InputError: they do not; says where and how.
         """
+        return cls.fit(open_part(folder, form.file_names[part], variant), module, part, form)
+
+    @classmethod
+    def fit(cls, weights: Weights, module: nn.Module, part: str, form: Form) -> ParamFile:
+        """Check that `weights` hold the parameters of `module` and nothing besides.
+
+        Raises:
+            InputError: they do not; says where and how.
+        """
+        _require_plausible(weights, module, part)
         layout = Layout(part, param_shapes(module), form)
-        weights = open_weights(folder / form.file_names[part])
         keys = layout.match(weights.shapes, weights.path)
         for key in keys.values():
             weights.dtype(key)
@@ -64,13 +80,30 @@ class ParamFile:
             InputError: NaN or Inf in a weight, or a value beyond the range of `dtype`.
         """
         flat = {}
-        entries = self.weights.entries
-        for path, key in sorted(self.keys.items(), key=lambda item: entries[item[1]].start):
+        for path, key in sorted(self.keys.items(), key=lambda item: self.weights.position(item[1])):
             stored = self.weights.read(key)
             if dtype is not None:
-                stored = convert_dtype(stored, dtype, self.weights.path, key)
+                stored = convert_dtype(stored, dtype, self.weights.file(key), key)
             flat[path] = place(self.layout.form.load(stored, path, self.layout.shapes[path]))
         return unflatten_dict(dict(sorted(flat.items())))
+
+
+def _require_plausible(weights: Weights, module: nn.Module, part: str) -> None:
+    """Refuse a network far larger than `weights` are, before it is traced: that takes time.
+
+    Whatever is less than double goes on, so that its keys are named.
+    """
+    size, shapes = network_size(module), weights.shapes
+    if size is None:
+        return
+    held = sum(math.prod(shape) for shape in shapes.values())
+    if size.tensors > MAX_TENSORS or size.tensors > 2 * len(shapes) + 64:
+        what = f"config.json of the {part} asks for far more tensors than there are, or may be"
+        expected = f"{size.tensors} tensors (at most {MAX_TENSORS})"
+        raise InputError(what, file=weights.path, expected=expected, found=len(shapes))
+    if size.parameters > 2 * held + (1 << 20):
+        what = f"config.json of the {part} asks for far more parameters than there are"
+        raise InputError(what, file=weights.path, expected=size.parameters, found=held)
 
 
 def write_params(
@@ -131,8 +164,19 @@ def param_shapes(module: nn.Module) -> dict[ParamPath, Shape]:
             jax.ShapeDtypeStruct((1,), jnp.int32),
             jax.ShapeDtypeStruct((1, 1, module.context_dim), jnp.float32),
         )
+        if module.time_cond_dim is not None:
+            inputs += (jax.ShapeDtypeStruct((1,), jnp.float32),)
     elif isinstance(module, AutoencoderKL):
         inputs = (jax.ShapeDtypeStruct((1, size, size, module.in_channels), jnp.float32),)
+    elif isinstance(module, AutoencoderTiny):
+        size = 2 ** len(module.num_encoder_blocks)
+        inputs = (jax.ShapeDtypeStruct((1, size, size, module.in_channels), jnp.float32),)
+    elif isinstance(module, CLIP):
+        size = module.image_size
+        inputs = (
+            jax.ShapeDtypeStruct((1, 1), jnp.int32),
+            jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),
+        )
     else:
         inputs = (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
     variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)

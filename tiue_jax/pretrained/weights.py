@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from tiue_jax.io.errors import InputError
-from tiue_jax.pretrained.jsonfile import parse_object, regular_file_size
+from tiue_jax.pretrained.jsonfile import cut, parse_object, regular_file_size
 
 MAX_HEADER_BYTES = 16 << 20  # SD 1.5's UNet has 90 kB; merged checkpoints carry some MB of notes
 MAX_AXES = 8
@@ -44,8 +44,8 @@ FLOATS: dict[str, np.dtype] = {  # what a parameter may be stored as, in the ord
 }
 FLOAT_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
-_PICKLE_ENDINGS = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-_WAY_OUT = (
+PICKLE_ENDINGS = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+WAY_OUT = (
     "pickle files can run any code when opened and are never read here: get the model's "
     ".safetensors files, or load it where you trust it and save it with "
     "save_pretrained(folder, safe_serialization=True)"
@@ -117,12 +117,12 @@ def open_weights(path: Path) -> WeightFile:
     Raises:
         InputError: there is no such file, or only a pickle; it is truncated or malformed.
     """
-    if path.suffix in _PICKLE_ENDINGS:
-        raise InputError(_WAY_OUT, file=path)
+    if path.suffix in PICKLE_ENDINGS:
+        raise InputError(WAY_OUT, file=path)
     if not path.exists() and path.parent.is_dir():
-        pickles = [p.name for p in path.parent.iterdir() if p.suffix in _PICKLE_ENDINGS]
+        pickles = [p.name for p in path.parent.iterdir() if p.suffix in PICKLE_ENDINGS]
         if pickles:
-            raise InputError(f"no such file; {_WAY_OUT}", file=path, found=min(pickles))
+            raise InputError(f"no such file; {WAY_OUT}", file=path, found=min(pickles))
     size = regular_file_size(path)
     header, data_start = _read_header(path, size)
     metadata = header.pop("__metadata__", {})
@@ -207,7 +207,11 @@ def convert_dtype(array: np.ndarray, dtype: DTypeLike, file: Path, key: str) -> 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     """Return the header's JSON object and the offset at which the data starts."""
-    with open(path, "rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", file=path) from error
+    with file:
         first = file.read(8)
         if first.startswith(b"version "):
             what = "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"
@@ -252,8 +256,7 @@ def _entry(name: str, value: object, path: Path) -> TensorEntry:
 def _entry_error(
     name: str, path: Path, what: str, expected: object, found: object = None
 ) -> InputError:
-    shown = name if len(name) <= 160 else name[:157] + "..."
-    return InputError(what, file=path, key=shown, expected=expected, found=found)
+    return InputError(what, file=path, key=cut(name), expected=expected, found=found)
 
 
 def _sizes(value: object) -> bool:
@@ -269,7 +272,7 @@ def _require_whole(entries: Mapping[str, TensorEntry], data_bytes: int, path: Pa
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != position:
             what = "tensors overlap" if entry.start < position else "a hole before the tensor"
-            raise InputError(what, file=path, key=name, expected=position, found=entry.start)
+            raise _entry_error(name, path, what, position, entry.start)
         position = entry.stop
     if position != data_bytes:
         what = "truncated" if position > data_bytes else "bytes behind the last tensor"
