@@ -1,0 +1,232 @@
+"""Model cards: the README.md of a student's folder, in the form that the Hugging Face hub reads.
+
+Names, prompts and settings come from users: in the front matter each is one quoted string, in the
+text every character that Markdown or HTML knows is an entity, and code is fenced by more backticks
+than it holds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tiue_jax.io.errors import InputError, one_line
+from tiue_jax.pretrained.folder import StableDiffusion, StudentOptions
+from tiue_jax.pretrained.hub import is_repo_id
+
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,59}")
+_PAPER = "2505.21960"
+
+_SNIPPET = """\
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+MODEL = {model}  # a folder, or a repository of the hub
+NUM_STEPS = {num_steps}  # K: what this student was trained for
+PROMPT = {prompt}
+
+tokenizer = CLIPTokenizer.from_pretrained(MODEL, subfolder="tokenizer")
+text_encoder = CLIPTextModel.from_pretrained(MODEL, subfolder="text_encoder")
+unet = UNet2DConditionModel.from_pretrained(MODEL, subfolder="unet")
+vae = AutoencoderKL.from_pretrained(MODEL, subfolder="vae")
+scheduler = DDIMScheduler.from_pretrained(MODEL, subfolder="scheduler")  # has the right spacing
+scheduler.set_timesteps(NUM_STEPS)
+
+
+def embed_time(t):
+    return unet.time_embedding(unet.time_proj(t).to(unet.dtype))
+
+
+@torch.no_grad()
+def encode(x, t, context):
+    \"\"\"conv_in, the down blocks and the mid block: once.\"\"\"
+    temb, x = embed_time(t), unet.conv_in(x)
+    skips = [x]
+    for block in unet.down_blocks:
+        cross = {{"encoder_hidden_states": context}} if hasattr(block, "attentions") else {{}}
+        x, more = block(hidden_states=x, temb=temb, **cross)
+        skips += more
+    return unet.mid_block(x, temb, encoder_hidden_states=context), skips
+
+
+@torch.no_grad()
+def decode(x, skips, t, context):
+    \"\"\"The up blocks and the head: one row for each timestep, in one batch.\"\"\"
+    temb, skips = embed_time(t), list(skips)
+    for block in unet.up_blocks:
+        n = len(block.resnets)
+        cross = {{"encoder_hidden_states": context}} if hasattr(block, "attentions") else {{}}
+        x = block(
+            hidden_states=x, res_hidden_states_tuple=tuple(skips[-n:]), temb=temb, **cross
+        )
+        del skips[-n:]
+    return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
+
+
+ids = tokenizer(
+    PROMPT,
+    padding="max_length",
+    max_length=tokenizer.model_max_length,
+    truncation=True,
+    return_tensors="pt",
+).input_ids
+with torch.no_grad():
+    context = text_encoder(ids)[0]
+size = unet.config.sample_size
+noise = torch.randn(
+    1, unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(0)
+)
+timesteps = scheduler.timesteps
+mid, skips = encode(noise, timesteps[:1], context)
+
+
+def repeated(x):
+    return x.expand(NUM_STEPS, *x.shape[1:])
+
+
+predictions = decode(repeated(mid), map(repeated, skips), timesteps, repeated(context))
+
+latents = noise  # DDIM is linear in the predictions: no network is called from here on
+for t, prediction in zip(timesteps, predictions):
+    latents = scheduler.step(prediction[None], t, latents).prev_sample
+with torch.no_grad():
+    pixels = vae.decode(latents / vae.config.scaling_factor).sample
+VaeImageProcessor().postprocess(pixels)[0].save("image.png")
+"""
+
+
+def model_card(
+    student: StudentOptions,
+    *,
+    title: str = "TiUE student",
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    teacher_license: str = "other",
+    config: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    prompts: Sequence[str] = (),
+) -> str:
+    """Return the README.md of a student's folder.
+
+    Args:
+        student: what it was trained for.
+        repo_id: OWNER/NAME it will have on the hub; None: the commands say FOLDER.
+        base_model: its teacher: a repository of the hub, or any other name.
+        teacher_license: the hub's identifier ("creativeml-openrail-m", "openrail++"), or "other".
+        config: of the training, JSON values.
+        steps: iterations trained.
+        prompts: some that it was trained on or is good at; the first is used in the examples.
+
+    Raises:
+        InputError: `teacher_license` is no identifier, or `repo_id` no OWNER/NAME.
+    """
+    if not _LICENSE.fullmatch(teacher_license):
+        raise InputError(
+            "not a licence identifier of the hub",
+            key="license",
+            expected='"openrail++", "other" or the like',
+            found=repr(teacher_license),
+        )
+    if repo_id is not None and not is_repo_id(repo_id):
+        raise InputError("not a repository of the hub", file=repo_id, expected="OWNER/NAME")
+    model, prompt = repo_id or "FOLDER", one_line(next(iter(prompts), "")) or "a red circle"
+    on_hub = base_model is not None and is_repo_id(base_model)
+    teacher = _escape(base_model) if base_model else "a Stable Diffusion"
+    if on_hub:
+        teacher = f"[{teacher}](https://huggingface.co/{base_model})"
+    front: dict[str, Any] = {
+        "license": teacher_license,
+        "library_name": "tiue_jax",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "tiue", "one-pass", "jax", "flax", f"arxiv:{_PAPER}"],
+        "inference": False,
+    }
+    if on_hub:
+        front["base_model"] = base_model
+    trained = "" if steps is None else f", trained for {steps:,} iterations"
+    command = f"python -m tiue_jax.sample --model={model} --prompt={shlex.quote(prompt)}"
+    snippet = _SNIPPET.format(
+        model=json.dumps(model), num_steps=student.num_steps, prompt=_python_string(prompt)
+    )
+    sections = [
+        _front_matter(front),
+        f"# {_escape(title)}",
+        f"A student of {teacher} that makes an image in one pass{trained}: the UNet's encoder runs "
+        f"once, its decoder at {student.num_steps} timesteps ({_escape(student.timestep_spacing)} "
+        "spacing) in parallel, with no guidance. Method: TiUE, a time-independent unified encoder, "
+        f"[One-Way Ticket (arXiv {_PAPER})](https://arxiv.org/abs/{_PAPER}), distilled from its "
+        "teacher without images.",
+        "## How to run it",
+        _fenced(command, "sh"),
+        "With diffusers' modules:",
+        _fenced(snippet, "python"),
+        "**Do not call it as a `StableDiffusionPipeline`**, although the files load as one. The "
+        "pipeline runs encoder and decoder together at every timestep, on latents that change in "
+        "between, and with guidance. This student's encoder has learned the first timestep and "
+        "pure noise alone, and its decoders to share those features: the images would be wrong, "
+        f"and cost {student.num_steps} times the encoder.",
+    ]
+    if prompts:
+        listed = "\n".join(f"- {_escape(text)}" for text in prompts)
+        sections += ["## Prompts", listed]
+    if config is not None:
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+        sections += ["## Training", "The settings of the run:", _fenced(text, "json")]
+    named = f"`{teacher_license}`" if teacher_license != "other" else "not named here"
+    sections += [
+        "## Licence",
+        f"Text encoder, tokenizer and VAE are those of {teacher}, and the UNet was trained from "
+        f"its weights: the licence of the teacher ({named}) holds for this model, with its "
+        "restrictions of use. The licence of the code that trained it does not change that.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def student_card(
+    sd: StableDiffusion, *, teacher_license: str = "other", repo_id: str | None = None
+) -> str | None:
+    """Return the card of `sd` with what its `training.json` tells; None if it is no student."""
+    if sd.student is None:
+        return None
+    training = sd.training or {}
+    config, step = training.get("config"), training.get("step")
+    config = config if isinstance(config, dict) else {}
+    prompts = config.get("log.validation_prompts", ())
+    teacher = config.get("teacher")
+    return model_card(
+        sd.student,
+        repo_id=repo_id,
+        base_model=teacher if isinstance(teacher, str) and teacher else None,
+        teacher_license=teacher_license,
+        config=config or None,
+        steps=step if isinstance(step, int) else None,
+        prompts=[text for text in prompts if isinstance(text, str)],
+    )
+
+
+def _front_matter(fields: Mapping[str, Any]) -> str:
+    """Return the fields as YAML: JSON values on one line each are YAML."""
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _escape(text: str) -> str:
+    """Return `text` on one line, as Markdown that shows it and does nothing else."""
+    return re.sub(r"[^\w .,/()'-]|_", lambda match: f"&#{ord(match[0])};", one_line(text))
+
+
+def _fenced(text: str, language: str) -> str:
+    """Return `text` as a block of code that nothing in it can end."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _python_string(text: str) -> str:
+    """Return `text` as a literal with double quotes, which JSON's are."""
+    return json.dumps(text, ensure_ascii=False)
