@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 
-from configs import tiny
+from configs import default, tiny
 from examples.tiny_sd.measure import evaluation_set, measure, model_sampler
 from tests.conftest import ROOT
 from tiue_jax.training.config import flatten
@@ -37,11 +37,13 @@ def test_the_teacher_draws_what_captions_say():
 def test_the_student_is_more_often_right_in_one_pass_than_before():
     before, after = accuracy(TEACHER, teacher=False), accuracy(STUDENT, teacher=False)
     assert after["seen/all"] > before["seen/all"] + 0.15
-    # measured with 200 prompts: 67.5 % of 88 %, from 39 %
-    assert after["seen/all"] > 0.6 * accuracy(TEACHER, teacher=True)["seen/all"]
+    # measured with 200 prompts: 85.5 % of 88 %, from 39 %; see above for how near 60 come
+    assert after["seen/all"] > 0.85 * accuracy(TEACHER, teacher=True)["seen/all"]
 
 
 def test_the_student_was_distilled_with_the_config_that_is_here():
     run = json.loads((STUDENT / "training.json").read_text())
-    assert run["config"] == flatten(tiny.get_config())
+    here, since = flatten(tiny.get_config()), flatten(default.get_config())
+    # Options that came after that training have values that change nothing.
+    assert {key: run["config"].get(key, since[key]) for key in here} == here
     assert run["step"] == run["config"]["train.iterations"]
