@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of the LoRA's start, of every draw of the training, of validation noise
-    config.teacher = ""  # folder of a Stable Diffusion in diffusers' layout
+    config.teacher = ""  # folder of a Stable Diffusion, or a hub's owner/name[@revision]
 
     config.data = ConfigDict()
     config.data.source = ""  # .txt, .jsonl, .json (COCO's captions), tfds:NAME[:split][:field]
@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     config.data.shuffle_seed = 2023  # order of the prompts, another one in every epoch
 
     config.student = ConfigDict()
+    config.student.start = ""  # folder or hub id whose UNet the student starts as; "": the teacher
     config.student.num_steps = 4  # K, decoder timesteps that run in parallel
     config.student.timestep_spacing = "leading"  # leading, trailing or linspace
 
@@ -42,6 +43,15 @@ def get_config() -> ConfigDict:
     config.kl = ConfigDict()
     config.kl.weight = 0.1  # lambda_kl, on a SUM over the K noise maps of `batch` images
     config.kl.batch = 8  # the paper's images a device; 0: the whole batch, however large
+
+    config.clip = ConfigDict()  # max(0, tau - similarity of image and prompt)
+    config.clip.tau = 0.0  # 0: no such term, as in the paper
+    config.clip.weight = 0.1  # at the start, falling linearly to 0 ...
+    config.clip.epochs = 1.0  # ... in so many epochs of prompts
+    config.clip.source_faithful = True  # pixels reach CLIP in [0, 1]; False: normalised as CLIP's
+    # Folders or hub ids. CLIP's main branch has pickles only; this one has them as safetensors.
+    config.clip.model = "openai/clip-vit-base-patch32@refs/pr/15"
+    config.clip.taesd = "madebyollin/taesd"
 
     config.train = ConfigDict()
     config.train.iterations = 66_503  # three epochs of JourneyDB's 1,418,723 captions

@@ -38,9 +38,11 @@ from tests.reference.records import (
 )
 from tests.reference.report import Report
 from tiue_jax.diffusion.schedule import NoiseSchedule
+from tiue_jax.diffusion.text_image import TextImage
 from tiue_jax.io.errors import InputError
 from tiue_jax.models.clip import CLIPTextEncoder
 from tiue_jax.models.unet import UNet
+from tiue_jax.pretrained.auxiliary import load_clip, load_taesd
 from tiue_jax.pretrained.folder import StableDiffusion
 from tiue_jax.training.options import StepOptions
 from tiue_jax.training.state import Frozen, TrainState, init_state
@@ -59,6 +61,8 @@ COMPILER = {"xla_backend_optimization_level": 0}  # of XLA on a CPU: half the ti
 NUMBERS = (  # options that are arguments of the compiled step, so that records can share it
     "guidance_scale",
     "lambda_kl",
+    "clip_weight",
+    "clip_iterations",
     "student_lr",
     "lora_lr",
     "lora_alpha",
@@ -88,9 +92,11 @@ class Iteration(NamedTuple):
 def replay_record(model: StableDiffusion, folder: Path) -> int:
     """Run the recorded iterations; the exit code."""
     record, report = read_record(folder), Report()
+    text_image, auxiliary = load_text_image(model, record.options)
     state, frozen, known = _begin(model, record, folder)
+    frozen = frozen.replace(**auxiliary)
     initial = {name: _flat(tree) for name, tree in _networks(state).items()}
-    step = compiled_step(model, record.options)
+    step = compiled_step(model, record.options, text_image)
     noisy: dict[str, Flat] = {"student": {}, "lora": {}}  # entries that were noise at some time
     for i, prompts in enumerate(record.prompts):
         ids = jnp.asarray(model.tokenizer(prompts))
@@ -110,25 +116,47 @@ def replay_record(model: StableDiffusion, folder: Path) -> int:
     return report.finish()
 
 
-def compiled_step(model: StableDiffusion, options: StepOptions) -> Callable[..., Any]:
+def load_text_image(
+    model: StableDiffusion, options: StepOptions
+) -> tuple[TextImage | None, dict[str, Any]]:
+    """The networks of the CLIP term and their parameters, from `taesd/` and `clip/` of the model.
+
+    Pixels reach CLIP as the source has them: not normalised.
+    """
+    if options.clip_tau == 0:
+        return None, {}
+    assert model.folder is not None
+    taesd, clip = load_taesd(model.folder / "taesd"), load_clip(model.folder / "clip")
+    term = TextImage(taesd.module, clip.module, size=clip.size)
+    return term, {"taesd": taesd.params, "clip": clip.params}
+
+
+def compiled_step(
+    model: StableDiffusion, options: StepOptions, text_image: TextImage | None = None
+) -> Callable[..., Any]:
     """step(state, frozen, input_ids, key, draws) -> (state, metrics, gradients), jitted."""
     numbers = {name: jnp.float32(getattr(options, name)) for name in NUMBERS}
     shape = replace(options, **dict.fromkeys(NUMBERS, 1.0))
-    step = _compiled_step(model.unet, model.text_encoder, model.schedule, shape)
+    step = _compiled_step(model.unet, model.text_encoder, model.schedule, shape, text_image)
     return partial(step, numbers)
 
 
 @lru_cache(maxsize=4)
 def _compiled_step(
-    unet: UNet, text_encoder: CLIPTextEncoder, schedule: NoiseSchedule, options: StepOptions
+    unet: UNet,
+    text_encoder: CLIPTextEncoder,
+    schedule: NoiseSchedule,
+    options: StepOptions,
+    text_image: TextImage | None,
 ) -> Callable[..., Any]:
     """One program for all values of NUMBERS."""
 
     def step(numbers: dict[str, jax.Array], *arguments: Any, **named: Any) -> Any:
         chosen = replace(options, **numbers)
-        return make_step(unet, text_encoder, schedule, chosen, with_gradients=True)(
-            *arguments, **named
+        step = make_step(
+            unet, text_encoder, schedule, chosen, text_image=text_image, with_gradients=True
         )
+        return step(*arguments, **named)
 
     return jax.jit(step, compiler_options=COMPILER if jax.default_backend() == "cpu" else None)
 
@@ -226,7 +254,11 @@ def _unsteady(gradient: np.ndarray, nudged: list[np.ndarray]) -> np.ndarray:
 
 
 def _scalars(report: Report, record: Record, i: int, found: Iteration) -> None:
-    recorded = {ours: record.logs[i][key] for key, ours in LOSSES.items() if key in record.logs[i]}
+    logs = record.logs[i]
+    known = {key: ours for key, ours in LOSSES.items() if ours in found.metrics}
+    if absent := [key for key in known if key not in logs]:
+        raise InputError("missing from the logs", key=absent[0])
+    recorded = {ours: logs[key] for key, ours in known.items()}
     for name, norm in zip(("student", "lora"), record.grad_norms[i], strict=True):
         recorded[f"grad_norm/{name}"] = norm
     for key, value in recorded.items():

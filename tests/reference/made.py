@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from tests.reference.iterations import compiled_step
-from tests.reference.records import KINDS
+from tests.reference.iterations import compiled_step, load_text_image
+from tests.reference.records import KINDS, LOSSES
 from tests.training.small_step import FAST
 from tiue_jax.diffusion.schedule import make_schedule
 from tiue_jax.models.clip import CLIPTextEncoder
@@ -101,8 +101,11 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def write_record(model: StableDiffusion, folder: Path) -> Path:
-    """Train for ITERATIONS and write everything down."""
+def write_record(model: StableDiffusion, folder: Path, clip_tau: float = 0.0) -> Path:
+    """Train for ITERATIONS and write everything down; with a CLIP term where `clip_tau` is above 0.
+
+    The term's networks are those beside the model, `taesd/` and `clip/`.
+    """
     options = StepOptions(
         timesteps=(999, 499),
         latent_size=SIZE,
@@ -111,13 +114,19 @@ def write_record(model: StableDiffusion, folder: Path) -> Path:
         lora_rank=3,
         lora_alpha=5.0,
         lora_targets=("to_k", "to_out_0"),
+        clip_tau=clip_tau,
+        clip_iterations=float(ITERATIONS),
     )
+    text_image, auxiliary = load_text_image(model, options)
     state = init_state(jax.random.key(0), model.params["unet"], options)
     before = state.student
     frozen = Frozen(
-        model.params["unet"], model.params["text_encoder"], jnp.asarray(model.tokenizer.null_ids)
+        model.params["unet"],
+        model.params["text_encoder"],
+        jnp.asarray(model.tokenizer.null_ids),
+        **auxiliary,
     )
-    step = compiled_step(model, options)
+    step = compiled_step(model, options, text_image)
     arrays = _named("lora_init", state.lora)
     logs, norms, per_parameter = [], [], []
     for i in range(ITERATIONS):
@@ -131,7 +140,7 @@ def write_record(model: StableDiffusion, folder: Path) -> Path:
             value = np.asarray(value)
             value = np.moveaxis(value, -1, 1) if value.ndim == 4 else value
             arrays[f"draw/{6 * i + j:03d}_{kind}"] = value
-        logs.append({f"step_loss_{n}": float(metrics[f"loss/{n}"]) for n in ("vsd", "lora")})
+        logs.append({name: float(metrics[key]) for name, key in LOSSES.items() if key in metrics})
         for j, name in enumerate(("student", "lora")):
             norms.append((name, float(metrics[f"grad_norm/{name}"])))
             named = _named(f"grad/{2 * i + j:02d}_{name}", gradients[name])
@@ -143,7 +152,12 @@ def write_record(model: StableDiffusion, folder: Path) -> Path:
         arrays |= _named(f"{name}_final", getattr(state, name))
     changes = jax.tree.map(lambda a, b: a - b, state.student, before)
     content = {
-        "options": OPTIONS,
+        "options": OPTIONS
+        | {
+            "clip_tau": clip_tau,
+            "clip_weight": f"0.1 * (1 - step / steps_per_epoch), steps_per_epoch = {ITERATIONS}, "
+            "step = 0, 1",
+        },
         "prompts": PROMPTS,
         "draw_kinds": list(KINDS) * ITERATIONS,
         "logs": logs,

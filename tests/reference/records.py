@@ -19,10 +19,18 @@ from tiue_jax.io.errors import InputError
 from tiue_jax.training.options import StepOptions
 
 KINDS = ("randn", "randn_like", "randint", "randn_like", "randint", "random")
-LOSSES = {"step_loss_vsd": "loss/vsd", "step_loss_lora": "loss/lora"}
+LOSSES = {
+    "step_loss_vsd": "loss/vsd",
+    "step_loss_textclip": "loss/clip",  # before its weight; where there is such a term
+    "step_loss_lora": "loss/lora",
+}
 ParamPath = tuple[str, ...]
 
 _OPTIMIZER = re.compile(r"Adam\(([\d.e+-]+), ([\d.e+-]+), eps=([\d.e+-]+)\), no weight decay")
+_NUMBER = r"([\d.e+-]+)"
+_CLIP_WEIGHT = re.compile(
+    rf"{_NUMBER} \* \(1 - step / steps_per_epoch\), steps_per_epoch = {_NUMBER}, step = 0\b.*"
+)
 _EMA = re.compile(
     r"decay = min\(([\d.e+-]+), \(1\+n\)/\(10\+n\)\) with n = optimizer steps so far - 1,"
     r" and decay = 0 where n <= 0"
@@ -73,7 +81,7 @@ def read_record(folder: Path) -> Record:
     """Read record.json and train.npz.
 
     Raises:
-        InputError: see above; also for a record with a CLIP loss, which is not implemented yet.
+        InputError: see above.
     """
     file = folder / "record.json"
     try:
@@ -96,14 +104,6 @@ def read_record(folder: Path) -> Record:
 
 def _record(content: dict, raw: dict, arrays: dict[str, np.ndarray], file: Path) -> Record:
     batch, count = int(raw["batch"]), len(content["logs"])
-    if raw.get("clip_tau", 0.0) > 0.0:
-        raise InputError(
-            "the record has a CLIP loss, which is not implemented yet",
-            file=file,
-            key="options.clip_tau",
-            expected=0.0,
-            found=raw["clip_tau"],
-        )
     prompts = content["prompts"]
     for key, found, expected in (
         ("prompts", len(prompts), batch * count),
@@ -161,6 +161,13 @@ def _options(raw: dict, noise_shape: tuple[int, ...], file: Path) -> StepOptions
         raise InputError(
             "not supported", file=file, key="options.precision", found=raw["precision"]
         )
+    tau, weight, clip_iterations = float(raw.get("clip_tau", 0.0)), 0.0, 1.0
+    if tau > 0:
+        clip = _CLIP_WEIGHT.fullmatch(raw["clip_weight"])
+        if clip is None:
+            found = raw["clip_weight"]
+            raise InputError("not understood", file=file, key="options.clip_weight", found=found)
+        weight, clip_iterations = map(float, clip.groups())
     b1, b2, eps = map(float, optimizer.groups())
     return StepOptions(
         num_steps=len(raw["timesteps"]),
@@ -169,6 +176,9 @@ def _options(raw: dict, noise_shape: tuple[int, ...], file: Path) -> StepOptions
         latent_size=int(noise_shape[-1]),
         guidance_scale=float(raw["guidance_scale"]),
         lambda_kl=float(raw["lambda_kl"]),
+        clip_tau=tau,
+        clip_weight=weight,
+        clip_iterations=clip_iterations,
         student_lr=float(raw["student_lr"]),
         lora_lr=float(raw["lora_lr"]),
         adam_b1=b1,

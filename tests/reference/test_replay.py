@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,6 +49,37 @@ def test_a_record_of_our_own_passes_and_zero_gradients_are_shown(
     bias = "down_blocks.0.resnets.0.conv1.bias"
     assert f"{bias}: zero in theory" in text
     assert f"{bias}: 32 of 32 entries have a gradient of rounding noise" in text
+
+
+def test_a_record_with_a_clip_term_passes_and_another_one_fails(
+    model: StableDiffusion, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for part in ("taesd", "clip"):
+        shutil.copytree(HERE / "model" / part, folder / part, dirs_exist_ok=True)
+    record = made.write_record(model, tmp_path / "record", clip_tau=1.0)
+    assert replay_record(model, record) == 0
+    assert "loss/clip" in capsys.readouterr().out
+
+    def weight(content: dict, arrays: dict) -> None:
+        options = content["options"]
+        options["clip_weight"] = options["clip_weight"].replace("0.1 *", "0.11 *")
+
+    def loss(content: dict, arrays: dict) -> None:
+        content["logs"][1]["step_loss_textclip"] *= 1.0002
+
+    for change in (weight, loss):
+        assert replay_record(model, made.changed(record, tmp_path / change.__name__, change)) == 1
+
+
+def test_a_clip_record_for_a_model_without_its_networks_is_refused(
+    record: Path, tmp_path: Path
+) -> None:
+    bare = made.write_model(tmp_path / "bare")
+    change = _set("clip_tau", 0.35)
+    with pytest.raises(InputError, match="taesd: no such folder"):
+        replay_record(
+            load_stable_diffusion(bare), made.changed(record, tmp_path / "changed", change)
+        )
 
 
 OPTION_CHANGES: dict[str, float | list[int]] = {
@@ -169,10 +201,14 @@ def _set(key: str, value: object) -> Callable[[dict, dict], None]:
     return change
 
 
+def _clip_weight(content: dict, arrays: dict) -> None:
+    content["options"] |= {"clip_tau": 0.35, "clip_weight": "constant"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("clip_tau", 0.35), r"\[options.clip_tau\]: the record has a CLIP loss.*not implem"),
+        (_clip_weight, r"\[options.clip_weight\]: not understood, found constant"),
         (_set("precision", "bfloat16"), r"\[options.precision\]: not supported"),
         (_set("optimizer", "SGD"), r"\[options.optimizer\]: not understood, found SGD"),
         (_set("timesteps", "many"), "malformed"),

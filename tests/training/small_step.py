@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tiue_jax.diffusion.schedule import make_schedule
+from tiue_jax.diffusion.text_image import TextImage
 from tiue_jax.models.clip import CLIPTextEncoder
 from tiue_jax.models.unet import UNet
 from tiue_jax.training.options import StepOptions
@@ -87,14 +88,17 @@ def step(
     *,
     with_gradients: bool = False,
     lora_only: bool = False,
+    prediction_type: str = "epsilon",
+    text_image: TextImage | None = None,
     **unet_options: Any,
 ):
     """The uncompiled step."""
     return make_step(
         unet(**unet_options),
         text_encoder(),
-        make_schedule(),
+        make_schedule(prediction_type=prediction_type),
         options,
+        text_image=text_image,
         with_gradients=with_gradients,
         lora_only=lora_only,
     )

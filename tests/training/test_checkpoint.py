@@ -216,7 +216,7 @@ def test_half_written_checkpoint_is_not_seen_nor_in_the_way(tmp_path: Path):
     for marker in folder.rglob("commit_success.txt"):
         marker.unlink()
     folder.rename(folder.with_name("4.orbax-checkpoint-tmp-1"))
-    assert_same(restore_params(tmp_path), jax.device_get(make_state(2.0).ema))
+    assert_same(restore_params(tmp_path)[1], jax.device_get(make_state(2.0).ema))
     assert restore(tmp_path)[0].step == 2
     save(tmp_path, 4)
     assert restore(tmp_path)[0].step == 4
@@ -225,11 +225,11 @@ def test_half_written_checkpoint_is_not_seen_nor_in_the_way(tmp_path: Path):
 @pytest.mark.parametrize("which", ["ema", "student", "lora"])
 def test_parameters_alone(tmp_path: Path, which: str):
     save(tmp_path, 2, 4)
-    found = restore_params(tmp_path, which)
+    found = restore_params(tmp_path, which)[1]
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
     assert_same(found, jax.device_get(getattr(make_state(4.0), which)))
     DAMAGES["truncated"](tmp_path, 4)
-    assert_same(restore_params(tmp_path, which), jax.device_get(getattr(make_state(2.0), which)))
+    assert_same(restore_params(tmp_path, which)[1], jax.device_get(getattr(make_state(2.0), which)))
     assert not (tmp_path / "checkpoints_damaged").exists()  # reading moves nothing
 
 

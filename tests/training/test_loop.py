@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from tests.pretrained.folders import MODEL
 from tests.training.tiny_run import PROMPTS, make_config, make_prompts, make_teacher
 from tiue_jax.io.errors import InputError, Preempted, RunError
 from tiue_jax.pretrained.folder import load_stable_diffusion
@@ -32,10 +33,21 @@ class ToyStep:
 
     def __init__(self, nan_at: int = -1) -> None:
         self.nan_at = nan_at
+        self.options: Any = None
+        self.text_image: Any = None
 
     def __call__(
-        self, unet: Any, text_encoder: Any, schedule: Any, options: Any, *, lora_only: bool
+        self,
+        unet: Any,
+        text_encoder: Any,
+        schedule: Any,
+        options: Any,
+        *,
+        text_image: Any = None,
+        lora_only: bool = False,
     ):
+        self.options, self.text_image = options, text_image or self.text_image
+
         def step(state: Any, frozen: Any, input_ids: jax.Array, key: jax.Array):
             noise = jax.random.normal(jax.random.fold_in(key, state.step))
             loss = jnp.mean(input_ids.astype(jnp.float32)) * 1e-3 + noise
@@ -59,8 +71,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> ToyStep:
 def put_in_toy(monkeypatch: pytest.MonkeyPatch) -> ToyStep:
     step, start = ToyStep(), setup.init_state
 
-    def start_without_adam(*args: Any) -> Any:
-        return start(*args).replace(student_opt=(), lora_opt=())
+    def start_without_adam(*args: Any, **named: Any) -> Any:
+        return start(*args, **named).replace(student_opt=(), lora_opt=())
 
     monkeypatch.setattr(setup, "make_step", step)
     monkeypatch.setattr(setup, "init_state", start_without_adam)
@@ -124,6 +136,50 @@ def steps_of(workdir: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
+def test_the_student_may_start_elsewhere_than_at_its_teacher(config, done: Path, workdir: Path):
+    other = make_teacher(workdir.with_name("other"), seed=1)
+    config.student.start = str(other)
+    config.train.student_lr = 0.0  # the toy then stays
+    train(config, workdir)
+    student = load_stable_diffusion(workdir / "student", place=np.asarray)
+    assert_same(student.params["unet"], load_stable_diffusion(other).params["unet"])
+    assert_same(student.params["vae"], load_stable_diffusion(done / "teacher").params["vae"])
+    with pytest.raises(InputError, match=r"begun otherwise: teacher: student was '[0-9a-f]+'"):
+        config.student.start = ""
+        train(config, workdir)
+
+
+def test_a_start_of_another_shape_is_refused(config, done: Path, workdir: Path):
+    config.student.start = str(MODEL)
+    with pytest.raises(InputError, match=r"\[student.start\]: the student's UNet is not of the"):
+        train(config, workdir)
+
+
+def test_the_clip_term_gets_its_networks(config, toy: ToyStep, workdir: Path):
+    config.clip.tau = 0.35
+    config.clip.model, config.clip.taesd = str(MODEL / "clip"), str(MODEL / "taesd")
+    run = setup.set_up(config, lambda text: None)
+    assert toy.options.clip_tau == 0.35
+    assert toy.options.clip_iterations == 3  # nine prompts in batches of four
+    assert toy.text_image.size == 224
+    assert toy.text_image.mean is None  # as in the source
+    assert run.frozen.clip["text_projection"]["kernel"].shape == (32, 24)
+    assert run.frozen.taesd is not None
+    assert {"clip", "taesd"} <= run.description["teacher"].keys()
+    config.clip.source_faithful = False
+    setup.set_up(config, lambda text: None)
+    assert toy.text_image.mean == pytest.approx((0.481, 0.458, 0.408), abs=1e-3)
+
+
+@pytest.mark.parametrize("key", ["clip.model", "clip.taesd"])
+def test_networks_of_the_clip_term_that_are_not_there_are_refused(config, workdir: Path, key: str):
+    config.clip.tau = 0.35
+    config.clip.model, config.clip.taesd = str(MODEL / "clip"), str(MODEL / "taesd")
+    config.update_from_flattened_dict({key: "./missing"})
+    with pytest.raises(InputError, match="missing"):
+        train(config, workdir)
+
+
 def test_a_run_leaves_metrics_checkpoints_and_a_student(config, done: Path):
     workdir = done / "run"
     assert [line["step"] for line in logged(workdir)] == [1, 2, 3, 4]
@@ -135,7 +191,7 @@ def test_a_run_leaves_metrics_checkpoints_and_a_student(config, done: Path):
     student = load_stable_diffusion(workdir / "student")
     assert student.student is not None
     assert student.student.num_steps == config.student.num_steps
-    assert_same(student.params["unet"], restore_params(workdir, "ema"))
+    assert_same(student.params["unet"], restore_params(workdir, "ema")[1])
     assert json.loads((workdir / "student" / "training.json").read_text())["step"] == 4
 
 
@@ -149,14 +205,14 @@ def test_the_same_command_again_does_nothing(config, finished: Path, capfd):
 
 
 def test_a_longer_run_goes_on_and_keeps_the_earlier_student(config, finished: Path, workdir: Path):
-    first = restore_params(finished)
+    first = restore_params(finished)[1]
     config.train.iterations = 6
     train(config, finished)
     assert_same(load_stable_diffusion(finished / "student_00000004").params["unet"], first)
     assert [line["step"] for line in logged(finished)] == [1, 2, 3, 4, 5, 6]
     train(config, workdir)  # at once
     assert logged(workdir) == logged(finished)
-    assert_same(restore_params(workdir), restore_params(finished))
+    assert_same(restore_params(workdir)[1], restore_params(finished)[1])
 
 
 def test_in_the_warm_up_the_lora_learns_alone(config, finished: Path, workdir: Path):
@@ -239,7 +295,7 @@ def test_signal_saves_and_the_same_command_goes_on(
     if number == signal.SIGTERM:
         train(config, workdir)
         assert logged(workdir) == logged(done / "run")
-        assert_same(restore_params(workdir), restore_params(done / "run"))
+        assert_same(restore_params(workdir)[1], restore_params(done / "run")[1])
 
 
 def test_a_kill_leaves_half_a_line_and_it_is_dropped(config, finished: Path):

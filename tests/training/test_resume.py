@@ -101,7 +101,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert logged(a) == logged(b)
     for which in ("student", "ema", "lora"):
         jax.tree.map(
-            np.testing.assert_array_equal, restore_params(a, which), restore_params(b, which)
+            np.testing.assert_array_equal, restore_params(a, which)[1], restore_params(b, which)[1]
         )
     digests = [
         json.loads((w / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text())["digests"]

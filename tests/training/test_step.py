@@ -116,6 +116,61 @@ def test_lora_teacher_with_its_own_guidance() -> None:
     assert float(metrics["vsd/gradient_rms"]) == pytest.approx(float(expected()), rel=1e-4)
 
 
+def test_a_teacher_that_predicts_v_is_heard_as_noise() -> None:
+    """Every loss again from the outputs v, with x0 and eps of every one by their definition."""
+    state, schedule = settled(start()), make_schedule(prediction_type="v_prediction")
+    unet, draws = small_step.unet(), sample_draws(KEY, 0, 2, SHAPE)
+    context, null = encode_prompts(small_step.text_encoder(), frozen(), ids(2))
+    abar, final = schedule.alphas_cumprod, schedule.final_alpha_cumprod
+    merged = merge_lora(frozen().teacher, state.lora, OPTIONS.lora_scale)
+
+    def split(v, x, t):
+        """x0 and eps of v at x_t."""
+        alpha, sigma = (np.sqrt(a).reshape(-1, 1, 1, 1) for a in (abar[t], 1 - abar[t]))
+        return alpha * x - sigma * v, alpha * v + sigma * x
+
+    @partial(jax.jit, compiler_options=FAST)
+    def outputs(params, x, t, context):
+        return unet.apply({"params": params}, x, t, context)
+
+    def noised(x0, noise, t):
+        alpha, sigma = (np.sqrt(a).reshape(-1, 1, 1, 1) for a in (abar[t], 1 - abar[t]))
+        return (alpha * x0 + sigma * noise).astype(np.float32)
+
+    def eps(params, x, t, context):
+        return split(np.asarray(outputs(params, x, t, context)), x, t)[1]
+
+    features = jax.jit(partial(unet.apply, method="encode"), compiler_options=FAST)(
+        {"params": state.student}, draws.noise, jnp.full(2, 501), context
+    )
+    decode = jax.jit(partial(unet.apply, method="decode"), compiler_options=FAST)
+    x, maps = np.asarray(draws.noise, np.float64), []
+    for t, abar_to in ((501, abar[1]), (1, final)):
+        v = decode({"params": state.student}, features, jnp.full(2, t), context)
+        x0, e = split(np.asarray(v), x, np.full(2, t))
+        maps.append(e)
+        x = np.sqrt(abar_to) * x0 + np.sqrt(1 - abar_to) * e
+    x0, t = x.astype(np.float32), np.asarray(draws.vsd_t)
+    x_t = noised(x0, np.asarray(draws.vsd_noise), t)
+    text, empty = (
+        eps(merged, x_t, t, c) - eps(frozen().teacher, x_t, t, c) for c in (context, null)
+    )
+    difference = empty + OPTIONS.guidance_scale * (text - empty)
+    direction = (1 - abar[t]).reshape(-1, 1, 1, 1) * difference
+    uniform = float(draws.null_uniform)
+    assert uniform > OPTIONS.null_prompt_prob
+    t = np.asarray(draws.lora_t)
+    error = eps(merged, noised(x0, np.asarray(draws.lora_noise), t), t, context) - draws.lora_noise
+    step = jax.jit(small_step.step(prediction_type="v_prediction"), compiler_options=FAST)
+    _, metrics = step(state, frozen(), ids(2), KEY)
+    for name, expected in (
+        ("loss/vsd", 0.5 * np.mean(direction**2)),
+        ("loss/kl", OPTIONS.lambda_kl * float(kl_loss(jnp.asarray(np.stack(maps, 1), "float32")))),
+        ("loss/lora", np.mean(abar[t].reshape(-1, 1, 1, 1) * np.asarray(error) ** 2)),
+    ):
+        assert float(metrics[name]) == pytest.approx(float(expected), rel=2e-4), name  # fp32
+
+
 def test_student_clips_steps_and_averages() -> None:
     state = settled(start())
     new, metrics, gradients = jitted()(state, frozen(), ids(2), KEY)
@@ -234,19 +289,20 @@ def test_kl_weight_counts_the_images_of_one_device_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "changes", "message"),
+    ("unet", "changes", "message"),
     [
-        ({"prediction_type": "v_prediction"}, {}, "SD 2.1-base"),
+        ({"time_cond_dim": 8}, {}, "takes the guidance scale"),
+        ({}, {"clip_tau": 0.35}, "clip_tau 0.35: the CLIP term needs TAESD and CLIP"),
         ({}, {"num_steps": 1}, "input noise itself"),
         ({}, {"timesteps": (1, 501)}, "expected decreasing"),
         ({}, {"timesteps": (1000, 501)}, r"within 0\.\.999"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(schedule: dict, changes: dict, message: str) -> None:
+def test_what_cannot_be_trained_is_refused(unet: dict, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_step(
-            small_step.unet(),
+            small_step.unet(**unet),
             small_step.text_encoder(),
-            make_schedule(**schedule),
+            make_schedule(),
             replace(OPTIONS, **changes),
         )

@@ -168,8 +168,8 @@ class Checkpoints:
         self._manager.close()
 
 
-def restore_params(workdir: str | Path, which: str = "ema") -> PyTree[np.ndarray]:
-    """Return one parameter tree of the newest whole checkpoint of a run, as numpy arrays.
+def restore_params(workdir: str | Path, which: str = "ema") -> tuple[int, PyTree[np.ndarray]]:
+    """Return the step of a run's newest whole checkpoint, and one of its parameter trees as numpy.
 
     Args:
         workdir: the run's folder.
@@ -187,7 +187,7 @@ def restore_params(workdir: str | Path, which: str = "ema") -> PyTree[np.ndarray
     damage: Exception | None = None
     for step in sorted(ocp.utils.checkpoint_steps(folder), reverse=True):
         try:
-            return _restore_part(folder / str(step), which)
+            return int(step), _restore_part(folder / str(step), which)
         except Exception as error:  # Orbax, tensorstore and json raise of every kind
             logging.warning("checkpoint %d cannot be used: %s", step, _brief(error))
             damage = damage or error

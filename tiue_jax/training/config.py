@@ -32,6 +32,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "vsd.t_max": (0, 999),
     "kl.weight": (0, _INFINITY),
     "kl.batch": (0, _INFINITY),
+    "clip.tau": (0, 2),
+    "clip.weight": (0, _INFINITY),
+    "clip.epochs": (1e-9, _INFINITY),
     "train.iterations": (0, 2**31 - 1),
     "train.batch_size": (1, _INFINITY),
     "train.student_lr": (0, _INFINITY),
@@ -53,15 +56,29 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "student.timestep_spacing": TIMESTEP_SPACINGS,
     "train.compute_dtype": ("float32", "bfloat16"),
 }
-_TEXTS = {"teacher": "the folder of a Stable Diffusion", "data.source": "where the prompts are"}
+_TEXTS = {
+    "teacher": "the folder of a Stable Diffusion",
+    "data.source": "where the prompts are",
+    "clip.model": "the folder of a CLIP",
+    "clip.taesd": "the folder of a TAESD",
+}
 _TUPLES = ("lora.targets", "log.validation_prompts")
-_OTHERS = ("data.field", "data.deduplicate", "train.remat")
+_OTHERS = (
+    "data.field",
+    "data.deduplicate",
+    "student.start",
+    "clip.source_faithful",
+    "train.remat",
+)
 
 # What a resumed run may change: how long it runs, where it is computed, what it shows. Teacher and
 # prompts are held by their contents and not by their names; the number of iterations is held where
 # the learning rate falls towards the last one.
 _MAY_CHANGE = (
     "teacher",
+    "student.start",
+    "clip.model",
+    "clip.taesd",
     "data.source",
     "data.field",
     "data.deduplicate",
@@ -107,8 +124,12 @@ def _require(key: str, value: Any, expected: str, holds: Callable[[Any], bool]) 
         raise InputError("not usable", key=key, expected=expected, found=repr(value))
 
 
-def step_options(config: ConfigDict, latent_size: int) -> StepOptions:
+def step_options(config: ConfigDict, latent_size: int, num_prompts: int = 1) -> StepOptions:
     """Return the options of an iteration. The student's learning rate falls linearly if it falls.
+
+    Args:
+        latent_size: side of the latents.
+        num_prompts: an epoch's, in which the CLIP term's weight falls.
 
     Raises:
         InputError: values that contradict each other.
@@ -124,6 +145,11 @@ def step_options(config: ConfigDict, latent_size: int) -> StepOptions:
             vsd_t_max=config.vsd.t_max,
             lambda_kl=config.kl.weight,
             kl_batch=config.kl.batch or None,
+            clip_tau=config.clip.tau,
+            clip_weight=config.clip.weight,
+            clip_iterations=float(
+                math.ceil(config.clip.epochs * num_prompts / config.train.batch_size)
+            ),
             student_lr=config.train.student_lr,
             lora_lr=config.train.lora_lr,
             clip_grad_norm=config.train.clip_grad_norm,

@@ -1,7 +1,7 @@
 """The training run: read, restore, iterate, export. One page, in the order in which it happens.
 
 A run is a function of its config, teacher and prompts. The same command again goes on from the
-newest checkpoint. Precedence: a checkpoint in the workdir > the teacher's weights.
+newest checkpoint. Precedence: a checkpoint in the workdir > `student.start` > the teacher.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from tiue_jax.io.errors import Preempted, RunError
-from tiue_jax.io.files import write_atomic
-from tiue_jax.pretrained.folder import export_student
+from tiue_jax.pretrained.folder import TRAINING_FILE
 from tiue_jax.training import sharding
 from tiue_jax.training.checkpoint import Checkpoints
 from tiue_jax.training.config import refuse_changes
+from tiue_jax.training.export import export_student
 from tiue_jax.training.preemption import catch_signals
 from tiue_jax.training.setup import Setup, set_up
 from tiue_jax.training.state import TrainState
@@ -29,7 +29,6 @@ from tiue_jax.training.validation import make_validation
 from tiue_jax.training.workdir import claim, write_run
 
 STUDENT_FOLDER = "student"
-EXPORT_FILE = "training.json"  # in the exported folder: of which step and run it is
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -127,7 +126,8 @@ def _announce(run: Setup, state: TrainState, start: int, end: int) -> None:
     say(f"LoRA: {count(state.lora):,} parameters; {devices}")
     repeats = f" ({run.prompts.repeats:,} repeats left out)" if run.prompts.repeats else ""
     say(f"prompts {run.prompts.source}: {len(run.prompts):,}{repeats}")
-    whence = "from the teacher" if start == 0 else f"resumed from step {start}"
+    begun = run.description["config"]["student.start"] or "the teacher"
+    whence = f"from {begun}" if start == 0 else f"resumed from step {start}"
     say(f"{whence}, to step {end}" if start < end else f"step {start}: nothing is left to do")
 
 
@@ -155,15 +155,13 @@ def _export(run: Setup, state: TrainState, workdir: Path, *, step: int) -> None:
         folder,
         num_steps=run.options.num_steps,
         timestep_spacing=run.options.timestep_spacing,
-    )
-    write_atomic(
-        folder / EXPORT_FILE, json.dumps({"step": step, **run.description}, indent=2) + "\n"
+        training={"step": step, **run.description},
     )
 
 
 def _exported_step(folder: Path) -> int | None:
     """Return of which step an export is; None where it does not say."""
     try:
-        return int(json.loads((folder / EXPORT_FILE).read_text())["step"])
+        return int(json.loads((folder / TRAINING_FILE).read_text())["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

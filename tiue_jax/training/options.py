@@ -33,6 +33,9 @@ class StepOptions:
         kl_batch: the sum is taken as over the maps of this many images, whatever the batch:
             lambda_kl * kl_batch / batch * sum. The paper sums over the 8 images of one device and
             averages over devices: 8. None: the sum over all images of the batch.
+        clip_tau: the CLIP term is max(0, clip_tau - similarity); 0: there is none.
+        clip_weight, clip_iterations: it weighs clip_weight * (1 - step / clip_iterations), and
+            nothing from iteration clip_iterations on; the paper's code takes one epoch of prompts.
         student_lr, lora_lr: Adam's, constant or an optax schedule of the own update count.
         adam_b1, adam_b2, adam_eps: Adam's, for both; no weight decay.
         clip_grad_norm: each network's gradient is scaled down to at most this global norm.
@@ -58,6 +61,9 @@ class StepOptions:
     vsd_t_max: int = 980
     lambda_kl: Number = 0.1
     kl_batch: int | None = None
+    clip_tau: float = 0.0
+    clip_weight: Number = 0.1
+    clip_iterations: Number = 1.0
     student_lr: LearningRate = 1e-6
     lora_lr: LearningRate = 1e-3
     adam_b1: float = 0.9

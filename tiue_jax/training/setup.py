@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax
@@ -21,8 +22,11 @@ from ml_collections import ConfigDict
 import tiue_jax
 from tiue_jax.data.pipeline import CutReport, make_batches
 from tiue_jax.data.prompts import Prompts, load_prompts
+from tiue_jax.diffusion.text_image import TextImage
 from tiue_jax.io.errors import InputError
+from tiue_jax.pretrained.auxiliary import load_clip, load_taesd
 from tiue_jax.pretrained.folder import StableDiffusion, load_stable_diffusion
+from tiue_jax.pretrained.hub import resolve_model, resolve_network
 from tiue_jax.training import sharding
 from tiue_jax.training.checkpoint import inspect_arrays
 from tiue_jax.training.config import check_config, flatten, step_options
@@ -71,31 +75,34 @@ def set_up(config: ConfigDict, say: Callable[[str], None]) -> Setup:
         InputError: config, prompts or teacher are not usable.
     """
     check_config(config)
-    with _blame("mesh"):
+    with blame("mesh"):
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    with _blame("train.batch_size"):
+    with blame("train.batch_size"):
         sharding.check_batch_size(config.train.batch_size, mesh)
     prompts = load_prompts(
         config.data.source, field=config.data.field, deduplicate=config.data.deduplicate
     )
-    sd = load_stable_diffusion(
-        config.teacher, dtype=jnp.dtype(config.train.compute_dtype), place=np.ascontiguousarray
-    )
-    options = step_options(config, sd.latent_size)
-    with _blame("teacher or student"):
+    dtype = jnp.dtype(config.train.compute_dtype)
+    load = partial(load_stable_diffusion, dtype=dtype, place=np.ascontiguousarray)
+    sd = load(resolve_model(config.teacher))
+    options = step_options(config, sd.latent_size, len(prompts))
+    text_image, auxiliary = _load_text_image(config, sd, dtype)
+    with blame("teacher or student"):
         unet = sd.unet.clone(remat=config.train.remat)
-        step, lora_step = (
-            make_step(unet, sd.text_encoder, sd.schedule, options, lora_only=lora_only)
-            for lora_only in (False, True)
-        )
+        build = partial(make_step, unet, sd.text_encoder, sd.schedule, options)
+        step, lora_step = build(text_image=text_image), build(lora_only=True)
     frozen = sharding.shard(
         Frozen(
-            sd.params.pop("unet"), sd.params["text_encoder"], jnp.asarray(sd.tokenizer.null_ids)
+            sd.params.pop("unet"),
+            sd.params["text_encoder"],
+            jnp.asarray(sd.tokenizer.null_ids),
+            **auxiliary,
         ),
         mesh,
     )
-    with _blame("lora"):
-        start, abstract = _make_start(frozen, options, mesh)
+    student = _load_start(config, sd, load)
+    with blame("lora"):
+        start, abstract = _make_start(frozen, options, mesh, student)
     tokenize = CutReport(sd.tokenizer.encode, say)
     batches = make_batches(
         prompts,
@@ -119,7 +126,7 @@ def set_up(config: ConfigDict, say: Callable[[str], None]) -> Setup:
         batches=batches,
         description={
             "config": flatten(config),
-            "teacher": _digest_teacher(sd, frozen, prompts),
+            "teacher": _digest_teacher(sd, frozen, student, prompts),
             "prompts": {"count": len(prompts), "sha256": prompts.digest},
             "code": {
                 "tiue_jax": tiue_jax.__version__,
@@ -131,7 +138,7 @@ def set_up(config: ConfigDict, say: Callable[[str], None]) -> Setup:
 
 
 @contextmanager
-def _blame(key: str) -> Iterator[None]:
+def blame(key: str) -> Iterator[None]:
     """Turn a ValueError about the options into the user's error, with the config's key."""
     try:
         yield
@@ -139,27 +146,88 @@ def _blame(key: str) -> Iterator[None]:
         raise InputError(str(error), key=key) from error
 
 
+def _load_text_image(
+    config: ConfigDict, sd: StableDiffusion, dtype: jnp.dtype
+) -> tuple[TextImage | None, dict[str, Any]]:
+    """Return the networks of the CLIP term and their parameters by name; None and none without."""
+    if config.clip.tau == 0:
+        return None, {}
+    place = np.ascontiguousarray
+    taesd = load_taesd(resolve_network(config.clip.taesd), dtype=dtype, place=place)
+    clip = load_clip(resolve_network(config.clip.model), dtype=dtype, place=place)
+    if clip.module.vocab_size != sd.text_encoder.vocab_size:
+        raise InputError(
+            "CLIP has another vocabulary than the teacher's tokenizer",
+            key="clip.model",
+            expected=sd.text_encoder.vocab_size,
+            found=clip.module.vocab_size,
+        )
+    if clip.module.max_length < sd.tokenizer.max_length:
+        raise InputError(
+            "CLIP takes shorter prompts than the teacher",
+            key="clip.model",
+            expected=f"{sd.tokenizer.max_length} tokens",
+            found=clip.module.max_length,
+        )
+    if taesd.module.latent_channels != sd.unet.in_channels:
+        raise InputError(
+            "TAESD decodes other latents than the teacher's",
+            key="clip.taesd",
+            expected=f"{sd.unet.in_channels} channels",
+            found=taesd.module.latent_channels,
+        )
+    faithful = config.clip.source_faithful
+    term = TextImage(
+        taesd.module,
+        clip.module,
+        clip.size,
+        None if faithful else clip.mean,
+        None if faithful else clip.std,
+    )
+    return term, {"taesd": taesd.params, "clip": clip.params}
+
+
+def _load_start(
+    config: ConfigDict, sd: StableDiffusion, load: Callable[..., StableDiffusion]
+) -> Any:
+    """Return the UNet's parameters that the student starts as; None: the teacher's."""
+    if not config.student.start:
+        return None
+    folder = resolve_model(config.student.start)
+    found = load(folder, parts=("unet",))
+    if found.unet != sd.unet:
+        what = "the student's UNet is not of the teacher's shape"
+        raise InputError(what, file=folder, key="student.start")
+    kinds = found.schedule.prediction_type, sd.schedule.prediction_type
+    if kinds[0] != kinds[1]:
+        what = "the student predicts something else than the teacher"
+        raise InputError(what, file=folder, key="student.start", expected=kinds[1], found=kinds[0])
+    return found.params["unet"]
+
+
 def _make_start(
-    frozen: Frozen, options: StepOptions, mesh: Mesh
+    frozen: Frozen, options: StepOptions, mesh: Mesh, student: Any
 ) -> tuple[Callable[[PRNGKeyArray], TrainState], TrainState]:
     """Return key -> state, and the shapes of that state, both laid out on the mesh.
 
     The state is made where it will stay: no device holds more than its part.
     """
 
-    def start(key: PRNGKeyArray, teacher: Any) -> TrainState:
-        return init_state(key, teacher, options)
+    def start(key: PRNGKeyArray, teacher: Any, student: Any) -> TrainState:
+        return init_state(key, teacher, options, student=student)
 
-    shapes = jax.eval_shape(start, jax.random.key(0), frozen.teacher)
+    shapes = jax.eval_shape(start, jax.random.key(0), frozen.teacher, student)
     places = sharding.shardings(shapes, mesh)
     made = jax.jit(start, out_shardings=places)
     abstract = jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
     )
-    return lambda key: made(key, frozen.teacher), abstract
+    return lambda key: made(key, frozen.teacher, sharding.shard(student, mesh)), abstract
 
 
-def _digest_teacher(sd: StableDiffusion, frozen: Frozen, prompts: Prompts) -> dict[str, str]:
+def _digest_teacher(
+    sd: StableDiffusion, frozen: Frozen, student: Any, prompts: Prompts
+) -> dict[str, str]:
     """Return part -> digest of what training takes from the teacher, whatever file it was in."""
 
     def digest(content: Any) -> str:
@@ -170,7 +238,9 @@ def _digest_teacher(sd: StableDiffusion, frozen: Frozen, prompts: Prompts) -> di
         **{k: v for k, v in vars(sd.schedule).items() if k != "alphas_cumprod"},
         "alphas_cumprod": sd.schedule.alphas_cumprod.tolist(),
     }
+    others = {"student": student, "taesd": frozen.taesd, "clip": frozen.clip}
     return {
+        **{n: digest(inspect_arrays(tree)[0]) for n, tree in others.items() if tree is not None},
         "unet": digest([repr(sd.unet), inspect_arrays(frozen.teacher)[0]]),
         "text_encoder": digest([repr(sd.text_encoder), inspect_arrays(frozen.text_encoder)[0]]),
         "tokenizer": digest(ids.tolist()),

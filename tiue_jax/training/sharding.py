@@ -91,7 +91,7 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 
 def jit_step(
     step: Callable[..., Any], mesh: Mesh, state: TrainState, frozen: Frozen
-) -> Callable[..., Any]:
+) -> jax.stages.Wrapped:
     """Compile a step for a mesh: (state, frozen, input_ids, key) -> (state, metrics).
 
     The state given is donated: its memory becomes the new state's. `state` and `frozen` may be

@@ -43,15 +43,22 @@ class Frozen:
         teacher: the teacher UNet's parameters.
         text_encoder: the text encoder's parameters.
         null_ids: token ids of the empty prompt.
+        taesd, clip: parameters of the CLIP term's networks, where there is one.
     """
 
     teacher: Params
     text_encoder: Params
     null_ids: Int[Array, " n"]
+    taesd: Params | None = None
+    clip: Params | None = None
 
 
 def init_state(
-    key: PRNGKeyArray, teacher_params: Params, options: StepOptions, lora: Params | None = None
+    key: PRNGKeyArray,
+    teacher_params: Params,
+    options: StepOptions,
+    lora: Params | None = None,
+    student: Params | None = None,
 ) -> TrainState:
     """The state before iteration 0: student and moving average are copies of the teacher.
 
@@ -61,21 +68,23 @@ def init_state(
         key: for the LoRA's random half.
         teacher_params: the teacher UNet's, of any float type; the student's are fp32.
         lora: LoRA matrices to begin with, instead of random ones.
+        student: what the student begins as, instead of the teacher.
     """
 
-    def copy() -> Params:
-        return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), teacher_params)
+    def copy(tree: Params) -> Params:
+        return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), tree)
 
-    student = copy()
+    start = teacher_params if student is None else student
+    student = copy(start)
     if lora is None:
         lora = init_lora(key, teacher_params, options.lora_rank, options.lora_targets)
     else:
-        lora = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), lora)
+        lora = copy(lora)
     student_optimizer, lora_optimizer = options.optimizers()
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         student=student,
-        ema=copy(),
+        ema=copy(start),
         lora=lora,
         student_opt=student_optimizer.init(student),
         lora_opt=lora_optimizer.init(lora),

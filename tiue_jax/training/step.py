@@ -4,8 +4,11 @@
     t ~ U{20..980}, n ~ N(0, I);   x_t = alpha_t x0 + sigma_t n
     e_T = teacher(x_t, t, y),  e_L = (teacher + LoRA)(x_t, t, y)          both guided, no gradient
     g = nan_to_num(sigma_t^2 (e_T - e_L));   L = 0.5 mean((x0 - stop(x0 - g))^2) + lambda KL(eps)
+                                                       (+ weight * L_clip; diffusion/text_image.py)
     student: clip, Adam;   moving average
     t ~ U{0..999}, fresh n, the x0 from BEFORE the student's update;   LoRA: clip, Adam on L_lora
+
+A teacher that predicts v: e is the noise its outputs stand for, in every one of these terms.
 
 Source: arXiv 2505.21960; TiUE's public code (sen-mao/Loopfree at 9a232a9).
 """
@@ -22,9 +25,10 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tiue_jax.diffusion import losses
-from tiue_jax.diffusion.ddim import closed_form, guided_output
+from tiue_jax.diffusion.ddim import closed_form, guided_output, predicted_noise
 from tiue_jax.diffusion.schedule import NoiseSchedule
 from tiue_jax.diffusion.student import student_forward
+from tiue_jax.diffusion.text_image import TextImage
 from tiue_jax.models.clip import CLIPTextEncoder
 from tiue_jax.models.lora import merge_lora
 from tiue_jax.models.unet import UNet
@@ -99,12 +103,14 @@ def make_step(
     schedule: NoiseSchedule,
     options: StepOptions,
     *,
+    text_image: TextImage | None = None,
     with_gradients: bool = False,
     lora_only: bool = False,
 ) -> StepFunction:
     """Build the iteration. Compute dtype and rematerialisation are the modules' own options.
 
     Args:
+        text_image: the networks of the CLIP term; `frozen` has to hold their parameters then.
         with_gradients: return them too.
         lora_only: build that of `options.is_lora_only`, in which the LoRA teacher learns to follow
             a student that stays: no gradient of the student is taken.
@@ -116,13 +122,16 @@ def make_step(
         before clipping.
 
     Raises:
-        ValueError: for a teacher that does not predict noise, or impossible timesteps.
+        ValueError: for a teacher that is an LCM, impossible timesteps, or a CLIP term without its
+            networks.
     """
-    if schedule.prediction_type != "epsilon":
+    if unet.time_cond_dim is not None:
         raise ValueError(
-            f"prediction_type {schedule.prediction_type!r}: distillation needs a teacher that "
-            "predicts the noise (epsilon): SD 1.5 or SD 2.1-base, not the 768-pixel SD 2.1"
+            "the teacher's UNet takes the guidance scale (an LCM): distillation needs one that "
+            "guidance is computed for, an ordinary Stable Diffusion"
         )
+    if options.clip_tau > 0 and text_image is None and not lora_only:
+        raise ValueError(f"clip_tau {options.clip_tau}: the CLIP term needs TAESD and CLIP")
     timesteps = np.asarray(options.student_timesteps(schedule), np.int32)
     t_enc = options.encoder_timestep(schedule)
     S, E = closed_form(schedule, timesteps)
@@ -130,7 +139,8 @@ def make_step(
     latent_shape = (options.latent_size, options.latent_size, unet.in_channels)
 
     def student(params: Mapping, draws: Draws, context: Array) -> tuple[Array, Array]:
-        return student_forward(unet, params, draws.noise, context, timesteps, t_enc, S, E)
+        x0, outputs = student_forward(unet, params, draws.noise, context, timesteps, t_enc, S, E)
+        return x0, predicted_noise(schedule, timesteps, draws.noise, outputs)
 
     def score_gradient(
         x0: Array, draws: Draws, state: TrainState, frozen: Frozen, context: Array, null: Array
@@ -141,7 +151,8 @@ def make_step(
         def guided(scales: tuple[Array, Array]) -> Array:
             lora_scale, guidance_scale = scales
             params = merge_lora(frozen.teacher, state.lora, lora_scale)
-            return guided_output(unet, params, x_t, draws.vsd_t, context, null, guidance_scale)
+            output = guided_output(unet, params, x_t, draws.vsd_t, context, null, guidance_scale)
+            return schedule.to_eps(output, x_t, draws.vsd_t)
 
         # One program run twice: where the LoRA is 0 and w the same, so is every bit of the results.
         lora_scales = jnp.asarray(options.lora_scale, jnp.float32) * jnp.array([0.0, 1.0])
@@ -149,8 +160,23 @@ def make_step(
         eps_teacher, eps_lora = jax.lax.map(guided, (lora_scales, guidance_scales))
         return losses.vsd_gradient(eps_teacher, eps_lora, sigma)
 
+    def clip_term(
+        x0: Array, state: TrainState, frozen: Frozen, input_ids: Array
+    ) -> tuple[Array | float, Metrics]:
+        if options.clip_tau == 0 or text_image is None:
+            return 0.0, {}
+        assert frozen.taesd is not None and frozen.clip is not None
+        loss = text_image.loss(frozen.taesd, frozen.clip, x0, input_ids, options.clip_tau)
+        weight = options.clip_weight * jnp.maximum(1.0 - state.step / options.clip_iterations, 0.0)
+        return weight * loss, {"loss/clip": loss, "clip/weight": weight}
+
     def update_student(
-        state: TrainState, frozen: Frozen, draws: Draws, context: Array, null: Array
+        state: TrainState,
+        frozen: Frozen,
+        draws: Draws,
+        input_ids: Array,
+        context: Array,
+        null: Array,
     ) -> tuple[TrainState, Array, Metrics, Mapping]:
         def loss(params: Mapping) -> tuple[Array, tuple[Array, Metrics]]:
             x0, eps = student(params, draws, context)
@@ -158,14 +184,16 @@ def make_step(
             gradient = score_gradient(fixed, draws, state, frozen, context, null)
             vsd = losses.vsd_loss(x0, gradient)
             kl = options.kl_weight(len(x0)) * losses.kl_loss(eps)
-            parts = {
-                "loss/student": vsd + kl,
+            clip, clip_parts = clip_term(x0, state, frozen, input_ids)
+            total = vsd + kl + clip
+            parts = clip_parts | {
+                "loss/student": total,
                 "loss/vsd": vsd,
                 "loss/kl": kl,
                 "vsd/gradient_rms": jnp.sqrt(jnp.mean(jnp.square(gradient))),
                 "latents/std": jnp.std(x0),
             }
-            return vsd + kl, (x0, parts)
+            return total, (x0, parts)
 
         grads, (x0, metrics) = jax.grad(loss, has_aux=True)(state.student)
         updates, opt = student_optimizer.update(grads, state.student_opt, state.student)
@@ -189,7 +217,8 @@ def make_step(
 
         def loss(lora: Mapping) -> Array:
             params = merge_lora(frozen.teacher, lora, options.lora_scale)
-            eps = unet.apply({"params": params}, x_t, draws.lora_t, context)
+            output = unet.apply({"params": params}, x_t, draws.lora_t, context)
+            eps = schedule.to_eps(output.astype(jnp.float32), x_t, draws.lora_t)
             return losses.lora_loss(eps, draws.lora_noise, alpha)
 
         value, grads = jax.value_and_grad(loss)(state.lora)
@@ -224,7 +253,9 @@ def make_step(
         if lora_only:
             new, x0 = state, student(state.student, draws, context)[0]
         else:
-            new, x0, metrics, student_grads = update_student(state, frozen, draws, context, null)
+            new, x0, metrics, student_grads = update_student(
+                state, frozen, draws, input_ids, context, null
+            )
         new, lora_metrics, lora_grads = update_lora(new, frozen, draws, x0, context, null)
         new = replace(new, step=state.step + 1)
         metrics = metrics | lora_metrics
