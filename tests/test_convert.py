@@ -15,23 +15,22 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.struct
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from tests.conftest import ROOT
 from tests.pretrained.folders import MODEL, WEIGHTS, bits, copy_model, edit_json, edit_weights
-from tiue_jax.data.pipeline import make_batches
-from tiue_jax.data.prompts import Prompts
+from tests.pretrained.original import make_sd2, sd2_tensors
+from tests.training.made_run import make_workdir
+from tiue_jax.pretrained import model_flags
 from tiue_jax.pretrained.folder import StudentOptions, load_stable_diffusion
-from tiue_jax.training.checkpoint import Checkpoints
-from tiue_jax.training.workdir import write_run
+from tiue_jax.pretrained.lora_files import load_lora
+from tiue_jax.pretrained.parameters import param_shapes
 
 UNET = WEIGHTS["unet"]
+_MODEL_FLAGS = ("revision", "variant", "tokenizer", "prediction_type", "lora")
 Edit = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
@@ -46,9 +45,12 @@ def convert(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Done]]:
     """Run the command in this process (importing JAX takes longer than converting the model)."""
-    known = set(flags.FLAGS)
+    known = set(flags.FLAGS)  # those of model_flags among them: a module is imported once
+    assert known.issuperset(_MODEL_FLAGS), model_flags
 
     def run(*args: str) -> Done:
+        for name in _MODEL_FLAGS:
+            flags.FLAGS[name].unparse()
         monkeypatch.setattr(sys, "argv", ["convert", *args])
         with pytest.raises(SystemExit) as stop:
             runpy.run_module("tiue_jax.convert", run_name="__main__", alter_sys=True)
@@ -103,49 +105,62 @@ def test_dtype_and_form_are_options(
 def test_help_teaches(convert: Callable[..., Done]) -> None:
     done = convert("--help")
     assert done.code == 0
-    assert "python -m tiue_jax.convert --input=FOLDER --output=NEW_FOLDER" in done.out
-    for flag in ("--input", "--output", "--to", "--dtype", "--which", "--teacher"):
+    assert "python -m tiue_jax.convert --input=MODEL --output=NEW_FOLDER" in done.out
+    for flag in ("--input", "--output", "--to", "--dtype", "--which", "--teacher", "--revision"):
         assert flag in done.out
 
 
-@flax.struct.dataclass
-class State:
-    student: Any
-    ema: Any
-    lora: Any
+def test_the_lora_of_a_run_is_exported(
+    convert: Callable[..., Done], model: Path, tmp_path: Path
+) -> None:
+    trees, out = make_workdir(tmp_path / "run", model), tmp_path / "lora"
+    done = convert(f"--input={tmp_path / 'run'}", f"--output={out}", "--which=lora")
+    assert (done.code, done.err) == (0, "")
+    names = ["README.md", "pytorch_lora_weights.safetensors", "training.json"]
+    assert sorted(f.name for f in out.iterdir()) == names
+    assert "after 1 iterations" in (out / "README.md").read_text()
+    for flag, said in (("--revision=x", "--revision"), ("--push_to_hub=a/b", "--push_to_hub")):
+        done = convert(f"--input={tmp_path / 'run'}", f"--output={out}2", "--which=lora", flag)
+        assert done.code == 2 and f"[{said}]: has no use with a workdir" in done.err
+    unet = load_stable_diffusion(MODEL, parts=()).unet
+    lora, alpha = load_lora(out / "pytorch_lora_weights.safetensors", param_shapes(unet))
+    assert alpha == 3.0
+    assert bits(lora) == bits(trees["lora"])
+    merged = convert(
+        f"--input={MODEL}", f"--output={tmp_path / 'merged'}",
+        f"--lora={out / 'pytorch_lora_weights.safetensors'}:0.5",
+    )  # fmt: skip
+    assert merged.code == 0, merged.err
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    found = load_file(tmp_path / "merged/unet/flax_params.safetensors")
+    before = load_file(MODEL / UNET)[layer].T
+    pair = trees["lora"]["mid_block"]["attentions_0"]["transformer_blocks_0"]["attn1"]["to_q"]
+    update = 0.5 * 3.0 / 2 * np.asarray(pair["a"]) @ np.asarray(pair["b"])
+    after = found["mid_block/attentions_0/transformer_blocks_0/attn1/to_q/kernel"]
+    assert np.abs(after - before - update).max() < 1e-5
 
 
-def _make_workdir(folder: Path, teacher: Path) -> dict[str, Any]:
-    """A run with one checkpoint of the reference model's UNet, student and EMA each changed."""
-    params = load_stable_diffusion(MODEL, parts=("unet",), place=np.asarray).params["unet"]
-    trees = {
-        name: jax.tree.map(lambda x, f=factor: np.ascontiguousarray(x * np.float32(f)), params)
-        for name, factor in (("student", 1.5), ("ema", 0.75))
-    }
-    lora = {"to_q": {"a": jnp.ones((3, 2))}}
-    state = State(jax.device_put(trees["student"]), jax.device_put(trees["ema"]), lora)
-    batches = make_batches(
-        Prompts(("a", "b"), "two"),
-        lambda texts: np.zeros((len(texts), 3), np.int32),
-        batch_size=2,
-        seed=0,
+def test_a_single_file_becomes_a_folder(
+    convert: Callable[..., Done], model: Path, tmp_path: Path
+) -> None:
+    folder, file = make_sd2(tmp_path / "sd2"), tmp_path / "one.safetensors"
+    save_file({k: np.ascontiguousarray(v) for k, v in sd2_tensors(folder).items()}, file)
+    args = (f"--input={file}", f"--output={tmp_path / 'out'}", "--prediction_type=v_prediction")
+    done = convert(*args)
+    assert done.code == 2 and "a single file holds no tokenizer" in done.err
+    done = convert(*args, f"--tokenizer={model}")
+    assert (done.code, done.err) == (0, "")
+    ours, theirs = (
+        load_stable_diffusion(path, param_dtype=None, place=np.asarray)
+        for path in (tmp_path / "out", folder)
     )
-    config = {
-        "teacher": str(teacher),
-        "student.num_steps": 2,
-        "student.timestep_spacing": "trailing",
-    }
-    checkpoints = Checkpoints(folder, keep=1)
-    checkpoints.save(1, state, {"config": config}, batches)
-    checkpoints.close()
-    write_run(folder, {"config": config})
-    return trees
+    assert bits(ours.params) == bits(theirs.params)
 
 
 def test_the_student_of_a_run_is_exported(
     convert: Callable[..., Done], model: Path, tmp_path: Path
 ) -> None:
-    trees = _make_workdir(tmp_path / "run", model)
+    trees = make_workdir(tmp_path / "run", model)
     done = convert(f"--input={tmp_path / 'run'}", f"--output={tmp_path / 'ema'}")
     assert (done.code, done.err) == (0, "")
     found = load_stable_diffusion(tmp_path / "ema", place=np.asarray)
@@ -155,6 +170,18 @@ def test_the_student_of_a_run_is_exported(
         assert (tmp_path / "ema" / WEIGHTS[part]).read_bytes() == (
             MODEL / WEIGHTS[part]
         ).read_bytes()
+    told = json.loads((tmp_path / "ema" / "training.json").read_text())
+    assert (told["step"], told["config"]["lora.alpha"]) == (1, 3.0)
+    card = (tmp_path / "ema" / "README.md").read_text()
+    assert "its decoder at 2 timesteps" in card and "trained for 1 iterations" in card
+    again = convert(f"--input={tmp_path / 'ema'}", f"--output={tmp_path / 'flax'}")
+    assert again.code == 0  # a student comes through another form whole
+    again = convert(f"--input={tmp_path / 'flax'}", f"--output={tmp_path / 'back'}")
+    assert again.code == 0
+    licensed = (f"--input={tmp_path / 'flax'}", f"--output={tmp_path / 'licensed'}")
+    assert convert(*licensed, "--license=openrail++").code == 0
+    assert 'license: "openrail++"' in (tmp_path / "licensed" / "README.md").read_text()
+    assert _files(tmp_path / "back") == _files(tmp_path / "ema")
     moved = model.rename(tmp_path / "moved")
     args = (f"--input={tmp_path / 'run'}", f"--output={tmp_path / 'raw'}", "--which=student")
     done = convert(*args)

@@ -39,7 +39,7 @@ def refused(result: subprocess.CompletedProcess[str], *parts: str) -> None:
 
 def test_files_seeds_and_default_folder(tmp_path):
     flags = ["--prompt=../../a RED cube", "--prompt=the blue sky", "--num_images=2", "--seed=3"]
-    flags += [f"--model={MODEL}", "--num_steps=2"]
+    flags += [f"--model={MODEL}", "--method=tiue", "--num_steps=2"]
     result = sample(*flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     out = tmp_path / "samples" / "000"
@@ -51,7 +51,7 @@ def test_files_seeds_and_default_folder(tmp_path):
     assert read(out / "grid.png").shape == (2 * 128 + 2, 2 * 128 + 2, 3)
     # the third image alone, on two devices, into the next free folder
     again = sample(
-        f"--model={MODEL}", "--num_steps=2", "--seed=5", "--prompt=the blue sky",
+        f"--model={MODEL}", "--method=tiue", "--num_steps=2", "--seed=5", "--prompt=the blue sky",
         cwd=tmp_path, devices=2,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
@@ -63,9 +63,8 @@ def test_files_seeds_and_default_folder(tmp_path):
 def test_an_earlier_result_is_never_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.png").write_bytes(b"mine")
-    result = sample(
-        f"--model={MODEL}", "--num_steps=2", "--prompt=sky", f"--out={tmp_path / 'out'}"
-    )
+    out = f"--out={tmp_path / 'out'}"
+    result = sample(f"--model={MODEL}", "--method=tiue", "--num_steps=2", "--prompt=sky", out)
     refused(result, "out")
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "mine.png").read_bytes() == b"mine"
@@ -76,8 +75,27 @@ def test_an_earlier_result_is_never_overwritten(tmp_path):
     [
         (["--prompt=sky"], ["--model"]),
         ([f"--model={MODEL}"], ["--prompt"]),
-        ([f"--model={MODEL}", "--prompt=sky"], ["no student", "--teacher"]),
-        ([f"--model={MODEL}", "--prompt=sky", "--num_steps=1"], ["--num_steps", "input noise"]),
+        ([f"--model={MODEL}", "--prompt=sky"], ["--method", "does not say", "choose teacher"]),
+        (
+            [f"--model={MODEL}", "--prompt=sky", "--method=tiue", "--num_steps=1"],
+            ["--num_steps", "input noise"],
+        ),
+        (
+            [f"--model={MODEL}", "--prompt=sky", "--method=one-step", "--guidance_scale=2"],
+            ["--guidance_scale", "one-step has no guidance"],
+        ),
+        (
+            [f"--model={MODEL}", "--prompt=sky", "--method=turbo", "--negative_prompt=rain"],
+            ["--negative_prompt", "turbo without guidance"],
+        ),
+        (
+            [f"--model={MODEL}", "--prompt=sky", "--method=turbo", "--teacher"],
+            ["--method", "contradicts --teacher"],
+        ),
+        (
+            [f"--model={MODEL}", "--prompt=sky", "--teacher", "--tokenizer=x"],
+            ["--tokenizer", "single files"],
+        ),
         ([f"--model={MODEL}", "--prompt=sky", "--seed=-1"], ["--seed"]),
         (["--model=missing", "--prompt=sky"], ["missing: no such folder"]),
         ([f"--model={MODEL}", "--prompt_file=missing.txt"], ["missing.txt"]),

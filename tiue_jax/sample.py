@@ -1,8 +1,18 @@
-"""Make images from prompts: a student in one pass, or a teacher by DDIM with guidance.
+"""Make images from prompts: a student in one pass, few-step models, or a teacher with guidance.
 
     python -m tiue_jax.sample --model=assets/tiny-sd-tiue --prompt="a red circle above a blue ring"
     python -m tiue_jax.sample --model=assets/tiny-sd --teacher --prompt="a large green ring"
-    python -m tiue_jax.sample --model=assets/tiny-sd-tiue --prompt_file=prompts.txt --num_images=4
+    python -m tiue_jax.sample --model=stabilityai/sd-turbo --prompt_file=prompts.txt --num_images=4
+    python -m tiue_jax.sample --model=model.safetensors --tokenizer=FOLDER --method=one-step ...
+
+--model is a diffusers folder, a hub id OWNER/NAME[@REVISION], or a single .safetensors file.
+--method=auto reads how it makes images from its own files (tiue.json, an LCM's UNet or scheduler,
+SD-Turbo's trailing Euler scheduler); where they do not say, choose:
+    tiue      one encoder, --num_steps decoders in parallel: our students and the authors' ones
+    one-step  one call at timestep 999: SwiftBrush, DMD2
+    turbo     --num_steps Euler steps, trailing: SD-Turbo
+    lcm       --num_steps steps with noise in between: LCM, or with --lora LCM-LoRA
+    teacher   --num_steps DDIM steps with guidance and a negative prompt; --teacher for short
 
 --out is a new folder: a PNG file an image, grid.png, and samples.json with the prompt and the seed
 of each. Image number i (from 0, over all prompts) has the seed --seed + i and depends on its prompt
@@ -14,34 +24,28 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
 from absl import flags
-from tqdm import tqdm
 
 from tiue_jax.data.prompts import load_prompts
 from tiue_jax.io.errors import InputError, run_command
 from tiue_jax.io.files import new_folder
-from tiue_jax.io.images import Images, write_samples
-from tiue_jax.pretrained.pipeline import MAX_SEED, Pipeline, load_pipeline
+from tiue_jax.io.images import write_samples
+from tiue_jax.pretrained import model_flags, sampling_flags
+from tiue_jax.pretrained.pipeline import MAX_SEED
+from tiue_jax.pretrained.sampling_flags import sample_by_flags
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("model", None, "Model folder: a student's, or a Stable Diffusion's.")
+flags.DEFINE_string("model", None, "Folder, hub id or single file.")
+flags.adopt_module_key_flags(model_flags)
+flags.adopt_module_key_flags(sampling_flags)
 flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
 flags.DEFINE_string("prompt_file", None, "Prompts, one a line (or .jsonl, .json: see configs).")
 flags.DEFINE_string("out", None, "Folder to write: new or empty. By default samples/000 and on.")
 flags.DEFINE_integer("seed", 0, "Seed of the first image.", 0, MAX_SEED)
 flags.DEFINE_integer("num_images", 1, "Images per prompt.", 1)
-flags.DEFINE_integer(
-    "num_steps", None, "Decoder steps of a student, or DDIM steps of a teacher.", 1
-)
-flags.DEFINE_integer("batch_size", 8, "Images made at a time.", 1)
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
-flags.DEFINE_bool("teacher", False, "Sample by DDIM with guidance (25 steps), not in one pass.")
-flags.DEFINE_float("guidance_scale", 7.5, "With --teacher: w; 1 is no guidance.")
-flags.DEFINE_string("negative_prompt", "", "With --teacher: what guidance leads away from.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -59,33 +63,12 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("too large for so many images", key="--seed", found=FLAGS.seed)
     out = Path(FLAGS.out) if FLAGS.out else _free_folder(Path("samples"))
     with new_folder(out) as folder:
-        pipeline = load_pipeline(FLAGS.model, dtype=FLAGS.dtype, batch_size=FLAGS.batch_size)
         began = time.monotonic()
-        images = _sample(pipeline, prompts, seeds)
+        images = sample_by_flags(FLAGS.model, prompts, seeds)
         seconds = time.monotonic() - began
         settings = {f.name: f.value for f in FLAGS.get_key_flags_for_module(sys.modules[__name__])}
         write_samples(folder, images, prompts, seeds, settings)
-    print(f"{out}: {len(images)} images in {seconds:.1f} s, compilation included; {out}/grid.png")
-
-
-def _sample(pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int]) -> Images:
-    """One pass, or DDIM with --teacher; settings that make no image become InputErrors."""
-    pipeline = replace(pipeline, progress=lambda batches, n: iter(tqdm(batches, "batches", n)))
-    try:
-        if FLAGS.teacher:
-            return pipeline.sample_teacher(
-                prompts,
-                seeds,
-                num_steps=FLAGS.num_steps or 25,
-                guidance_scale=FLAGS.guidance_scale,
-                negative_prompt=FLAGS.negative_prompt,
-            )
-        if pipeline.model.student is None and FLAGS.num_steps is None:
-            what = "no student (no tiue.json): give --teacher, or --num_steps for one pass anyway"
-            raise InputError(what, file=FLAGS.model)
-        return pipeline.sample(prompts, seeds, num_steps=FLAGS.num_steps)
-    except ValueError as error:
-        raise InputError(str(error), key="--num_steps", found=FLAGS.num_steps) from error
+    print(f"{out}: {len(images)} images in {seconds:.1f} s, all included; {out}/grid.png")
 
 
 def _free_folder(parent: Path) -> Path:

@@ -17,9 +17,8 @@ Compare only numbers of equally many pictures.
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import flags
@@ -219,13 +218,12 @@ def model_sampler(
 ) -> SampleFn:
     """Sample from a model folder: a student in one pass, or a teacher by DDIM with guidance."""
     pipeline = load_pipeline(folder, batch_size=BATCH)
-    if teacher:
-        options: dict[str, Any] = {"num_steps": num_steps or 25}
-        if guidance_scale is not None:
-            options["guidance_scale"] = guidance_scale
-        return lambda prompts, seeds: pipeline.sample_teacher(prompts, seeds=seeds, **options)
-    options = {} if num_steps is None else {"num_steps": num_steps}
-    return lambda prompts, seeds: pipeline.sample(prompts, seeds=seeds, **options)
+    return partial(
+        pipeline.sample,
+        method="teacher" if teacher else "tiue",
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+    )
 
 
 def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:

@@ -27,7 +27,7 @@ def build_tokenizer(folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     merges = _learn_merges(sorted({*all_words(), *EXTRA_WORDS}))
-    letters = list(_byte_letters().values())
+    letters = list(byte_letters().values())
     tokens = [*letters, *(c + WORD_END for c in letters), *("".join(m) for m in merges), START, END]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     assert len(vocabulary) == len(tokens), "two merges give the same token"
@@ -84,7 +84,7 @@ def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def _byte_letters() -> dict[int, str]:
+def byte_letters() -> dict[int, str]:
     """GPT-2's printable letter for each byte, in the order of CLIP's vocabulary.
 
     Bytes that print keep their own character; the others take code points from 256 on.

@@ -36,8 +36,8 @@ def test_teacher_images_are_those_of_diffusers(folder, num_steps, guidance_scale
     theirs = diffusers_images(
         folder, noise, num_inference_steps=num_steps, guidance_scale=guidance_scale
     )
-    ours = pipeline.sample_teacher(
-        PROMPTS, SEEDS, num_steps=num_steps, guidance_scale=guidance_scale
+    ours = pipeline.sample(
+        PROMPTS, SEEDS, method="teacher", num_steps=num_steps, guidance_scale=guidance_scale
     )
     # Ours are truncated to bytes after adding 1/2, so at most 1/2 off, plus fp32 rounding over the
     # steps: worst seen 0.500 of a byte.

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.numpy import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from tests.pretrained.folders import MODEL, WEIGHTS, edit_json
 
 Tensors = dict[str, np.ndarray]
 
@@ -189,4 +197,50 @@ def training_leftovers() -> Tensors:
         "model_ema.decay": np.array(0.9999, np.float32),
         "model_ema.num_updates": np.array(7),
         "model_ema.diffusion_modelinput_blocks00weight": np.ones((2, 2), np.float32),
+    }
+
+
+def make_sd2(folder: Path) -> Path:
+    """Write a small SD 2.x as diffusers saves it, random weights, v-prediction."""
+    torch.manual_seed(0)
+    UNet2DConditionModel(
+        sample_size=96,
+        block_out_channels=(64, 128),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=(1, 2),
+        use_linear_projection=True,
+        upcast_attention=True,
+    ).save_pretrained(folder / "unet")
+    AutoencoderKL(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).save_pretrained(folder / "vae")
+    text = CLIPTextConfig(
+        vocab_size=525,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        hidden_act="gelu",
+    )
+    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    shutil.copytree(MODEL / "tokenizer", folder / "tokenizer")
+    shutil.copytree(MODEL / "scheduler", folder / "scheduler", copy_function=shutil.copyfile)
+    shutil.copyfile(MODEL / "model_index.json", folder / "model_index.json")
+    edit_json(folder / "scheduler/scheduler_config.json", prediction_type="v_prediction")
+    return folder
+
+
+def sd2_tensors(folder: Path) -> Tensors:
+    """`make_sd2`'s folder as one file has it."""
+    unet, vae, text = (load_file(folder / WEIGHTS[p]) for p in ("unet", "vae", "text_encoder"))
+    return {
+        **original_unet(unet, UNET_OF_TWO_LEVELS),
+        **original_vae(vae, 2),
+        **openclip_text_encoder(text, 2),
+        **training_leftovers(),
     }

@@ -15,7 +15,7 @@ from tests.pretrained.folders import MODEL
 from tiue_jax.diffusion.ddim import closed_form
 from tiue_jax.diffusion.student import student_forward, student_timesteps
 from tiue_jax.io.errors import InputError
-from tiue_jax.pretrained.card import model_card
+from tiue_jax.pretrained.card import model_card, student_card
 from tiue_jax.pretrained.folder import (
     StudentOptions,
     load_stable_diffusion,
@@ -113,3 +113,18 @@ def test_what_the_hub_would_not_take_is_refused() -> None:
             model_card(STUDENT, teacher_license=wrong)
     with pytest.raises(InputError, match="not a repository of the hub"):
         model_card(STUDENT, repo_id="a b/c")
+
+
+def test_a_hostile_training_json_makes_a_card() -> None:
+    sd = replace(load_stable_diffusion(MODEL, parts=()), student=STUDENT)
+    strange = (
+        {"config": {"log.validation_prompts": 5, "teacher": [1]}, "step": "x"},
+        {"config": 3},
+    )
+    for training in (*strange, {"teacher_license": "<b>", "config": {"teacher": ""}}):
+        card = student_card(replace(sd, training=training))
+        assert card is not None and 'license: "other"' in card
+    local = student_card(replace(sd, training={"config": {"teacher": str(MODEL)}}))
+    pinned = student_card(replace(sd, training={"config": {"teacher": "owner/name@main"}}))
+    assert local is not None and "base_model" not in local
+    assert pinned is not None and 'base_model: "owner/name"' in pinned

@@ -20,13 +20,13 @@ from tiue_jax.pretrained.folder import (
     PARTS,
     StableDiffusion,
     StudentOptions,
-    export_student,
     load_stable_diffusion,
     save_stable_diffusion,
 )
 from tiue_jax.pretrained.jsonfile import read_object
 from tiue_jax.pretrained.names import FLAX
 from tiue_jax.pretrained.tokenizer import Tokenizer
+from tiue_jax.training.export import export_student
 
 
 @pytest.fixture(scope="module")

@@ -157,6 +157,21 @@ def test_a_network_of_its_own_comes_alone(ask: Callable[..., list[Done]], hub: H
     _assert_refused(refused, "has no .safetensors weights; pickle files can run any code")
 
 
+def test_another_kind_of_model_is_refused_before_its_weights_come(
+    ask: Callable[..., list[Done]],
+) -> None:
+    files = model_files(MODEL)
+    index = files["model_index.json"]
+    xl = index.replace(b"StableDiffusionPipeline", b"StableDiffusionXLPipeline")
+    assert xl != index
+    with serve(Hub(files=files | {"model_index.json": xl})) as other:
+        (done,) = ask("owner/tiny-sd", HF_ENDPOINT=other.url)
+        assert other.downloads() == {"model_index.json"}
+    assert done.code == 2
+    assert "another kind of model, expected StableDiffusionPipeline" in done.err
+    assert "SDXL" in done.err
+
+
 def test_a_variant_comes_where_there_is_one(ask: Callable[..., list[Done]], hub: Hub) -> None:
     assert ask("owner/tiny-sd fp16")[0].code == 0
     weights = {name for name in hub.downloads() if name.endswith(".safetensors")}

@@ -37,15 +37,25 @@ TEXT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
 @pytest.fixture(scope="module")
-def sd() -> StableDiffusion:
+def plain_sd() -> StableDiffusion:
     """The reference model, on the host."""
     return load_stable_diffusion(MODEL, place=np.asarray)
 
 
+@pytest.fixture
+def sd(plain_sd: StableDiffusion) -> StableDiffusion:
+    """The same to merge into: the tree is a copy, the arrays are not."""
+    return _same(plain_sd)
+
+
+def _same(sd: StableDiffusion) -> StableDiffusion:
+    return replace(sd, params=jax.tree.map(lambda x: x, sd.params))
+
+
 @pytest.fixture(scope="module")
-def unet(sd: StableDiffusion) -> Callable[..., np.ndarray]:
+def unet(plain_sd: StableDiffusion) -> Callable[..., np.ndarray]:
     """Our UNet's answer to one fixed input, by parameters."""
-    apply = jax.jit(sd.unet.apply)
+    apply = jax.jit(plain_sd.unet.apply)
     x, t, context = _inputs()
 
     def run(params: Any) -> np.ndarray:
@@ -113,7 +123,7 @@ def test_what_diffusers_and_peft_write_is_merged(
     module = _torch_unet()
     _adapt(module, targets, **options)
     module.save_lora_adapter(tmp_path, safe_serialization=True)
-    merged = merge_lora_file(sd, tmp_path)
+    merged = merge_lora_file(_same(sd), tmp_path)
     _assert_close(unet(merged.params["unet"]), _torch_output(module), unet(sd.params["unet"]))
     assert merged.params["vae"] == sd.params["vae"]
     untouched = flatten_dict(merged.params["unet"])["conv_norm_out", "scale"]
@@ -137,7 +147,7 @@ def test_a_pipelines_file_is_merged_into_the_text_encoder_too(
     sd: StableDiffusion, unet: Callable[..., np.ndarray], tmp_path: Path
 ) -> None:
     pipeline = _saved_by_pipeline(tmp_path)
-    merged = merge_lora_file(sd, tmp_path / FILE_NAME)
+    merged = merge_lora_file(_same(sd), tmp_path / FILE_NAME)
     _assert_close(
         unet(merged.params["unet"]), _torch_output(pipeline.unet), unet(sd.params["unet"])
     )
@@ -149,14 +159,14 @@ def test_a_pipelines_file_is_merged_into_the_text_encoder_too(
         for found in (merged, sd)
     )
     _assert_close(ours, theirs, plain)
-    half = merge_lora_file(sd, tmp_path, scale=0.5)
+    half = merge_lora_file(_same(sd), tmp_path, scale=0.5)
     kernels = [_kernel(found) for found in (sd, half, merged)]
     np.testing.assert_allclose(kernels[1], (kernels[0] + kernels[2]) / 2, atol=1e-6)
     only_unet = replace(sd, params={"unet": sd.params["unet"]})
     with pytest.raises(ValueError, match=r"parameters of \['text_encoder'\] were not loaded"):
         merge_lora_file(only_unet, tmp_path)
     with pytest.raises(ValueError, match="LoRA scale nan"):
-        merge_lora_file(sd, tmp_path, scale=float("nan"))
+        merge_lora_file(_same(sd), tmp_path, scale=float("nan"))
 
 
 def _kernel(sd: StableDiffusion) -> np.ndarray:
@@ -205,8 +215,10 @@ def test_every_spelling_is_merged_the_same(
     renamed = {SPELLINGS[spelling](key): tensor for key, tensor in tensors.items()}
     assert len(renamed) == len(tensors)
     save_file(renamed, tmp_path / "other.safetensors")
-    expected = merge_lora_file(sd, tmp_path)
-    assert bits(merge_lora_file(sd, tmp_path / "other.safetensors").params) == bits(expected.params)
+    expected = merge_lora_file(_same(sd), tmp_path)
+    assert bits(merge_lora_file(_same(sd), tmp_path / "other.safetensors").params) == bits(
+        expected.params
+    )
 
 
 def test_kohyas_alpha_is_taken_as_diffusers_takes_it(
@@ -226,7 +238,7 @@ def test_kohyas_alpha_is_taken_as_diffusers_takes_it(
     save_file(tensors, tmp_path / FILE_NAME)
     pipeline = _pipeline()
     pipeline.load_lora_weights(tmp_path, weight_name=FILE_NAME)
-    merged = merge_lora_file(sd, tmp_path)
+    merged = merge_lora_file(_same(sd), tmp_path)
     theirs = _torch_output(pipeline.unet)
     _assert_close(unet(merged.params["unet"]), theirs, unet(sd.params["unet"]))
 
@@ -243,7 +255,7 @@ def test_every_layer_has_its_own_alpha(sd: StableDiffusion, tmp_path: Path) -> N
     tensors = {key: rng.standard_normal(shape, np.float32) for key, shape in shapes.items()}
     alphas = {"lora_unet_conv_in.alpha": np.array(3, np.float32)}
     save_file(tensors | alphas, tmp_path / FILE_NAME)
-    merged = merge_lora_file(sd, tmp_path, scale=2.0).params["unet"]
+    merged = merge_lora_file(_same(sd), tmp_path, scale=2.0).params["unet"]
     conv_down, conv_up, down, up = tensors.values()
     conv = 2.0 * 3 / 2 * np.einsum("or,rikl->klio", conv_up[:, :, 0, 0], conv_down)
     dense = 2.0 * 1 / 1 * (up @ down).T
@@ -257,9 +269,9 @@ def test_every_layer_has_its_own_alpha(sd: StableDiffusion, tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def lora(sd: StableDiffusion) -> dict[str, Any]:
+def lora(plain_sd: StableDiffusion) -> dict[str, Any]:
     """A LoRA as a training has it, of which b is not zero."""
-    made = init_lora(jax.random.key(0), sd.params["unet"], 8, ("to_q", "to_v"))
+    made = init_lora(jax.random.key(0), plain_sd.params["unet"], 8, ("to_q", "to_v"))
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape, np.float32)), made)
 
@@ -284,7 +296,7 @@ def test_what_we_write_is_loaded_by_diffusers_and_by_us(
     module.load_lora_adapter(tmp_path / "new", prefix="unet", weight_name=FILE_NAME)
     _assert_close(ours, _torch_output(module), plain)
 
-    _assert_close(unet(merge_lora_file(sd, file).params["unet"]), ours, plain)
+    _assert_close(unet(merge_lora_file(_same(sd), file).params["unet"]), ours, plain)
     found, same = load_lora(file, param_shapes(sd.unet))
     assert (bits(found), same) == (bits(lora), alpha)
     with pytest.raises(InputError, match="is there already"):
@@ -318,7 +330,7 @@ def test_parameters_keep_their_dtype_and_place(
 ) -> None:
     file = save_lora(lora, 8.0, tmp_path)
     half = {"unet": jax.tree.map(lambda x: jnp.asarray(x, dtype), sd.params["unet"])}
-    merged = merge_lora_file(replace(sd, params=half), file).params["unet"]
+    merged = merge_lora_file(_same(replace(sd, params=half)), file).params["unet"]
     leaves = jax.tree.leaves(merged)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(dtype)}
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
@@ -393,7 +405,7 @@ def test_a_file_that_does_not_fit_is_refused_and_nothing_is_merged(
     file = tmp_path / "lora.safetensors"
     save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, file, metadata)
     with pytest.raises(InputError) as refused, np.errstate(over="ignore", invalid="ignore"):
-        merge_lora_file(sd, file)
+        merge_lora_file(_same(sd), file)
     assert message in str(refused.value), str(refused.value)
     assert str(refused.value).startswith(str(file))
     assert "\n" not in str(refused.value)
@@ -401,11 +413,11 @@ def test_a_file_that_does_not_fit_is_refused_and_nothing_is_merged(
 
 def test_no_file_and_pickles_are_refused(sd: StableDiffusion, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
-        merge_lora_file(sd, tmp_path / "lora.safetensors")
+        merge_lora_file(_same(sd), tmp_path / "lora.safetensors")
     (tmp_path / "pytorch_lora_weights.bin").write_bytes(b"\x80\x04")
     for name in ("", "pytorch_lora_weights.bin"):
         with pytest.raises(InputError, match="pickle files can run any code"):
-            merge_lora_file(sd, tmp_path / name)
+            merge_lora_file(_same(sd), tmp_path / name)
 
 
 def test_no_two_layers_of_stable_diffusion_share_a_spelling() -> None:

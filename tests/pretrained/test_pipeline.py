@@ -22,7 +22,7 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def images(pipeline):
-    return pipeline.sample(PROMPTS, [5, 6, 7])
+    return pipeline.sample(PROMPTS, [5, 6, 7], method="tiue")
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> int:
@@ -44,15 +44,16 @@ def test_an_image_is_the_student_s_pass_from_its_seed(pipeline, images):
 
 
 def test_an_image_does_not_depend_on_its_batch(pipeline, images):
-    alone = pipeline.sample(PROMPTS[2:], [7])
-    many = pipeline.sample([*PROMPTS, *PROMPTS[::-1], *PROMPTS], [5, 6, 7, 7, 6, 5, 1, 2, 3])
+    alone = pipeline.sample(PROMPTS[2:], [7], method="tiue")
+    seeds = [5, 6, 7, 7, 6, 5, 1, 2, 3]
+    many = pipeline.sample([*PROMPTS, *PROMPTS[::-1], *PROMPTS], seeds, method="tiue")
     assert apart(alone, images[2:]) <= ONE_BYTE
     assert apart(many[:3], images) <= ONE_BYTE
     assert apart(many[3:6], images[::-1]) <= ONE_BYTE
 
 
 def test_an_image_depends_on_seed_and_prompt(pipeline, images):
-    other = pipeline.sample([PROMPTS[0], PROMPTS[1]], [8, 5])
+    other = pipeline.sample([PROMPTS[0], PROMPTS[1]], [8, 5], method="tiue")
     assert apart(other[:1], images[:1]) > 10
     assert apart(other[1:], images[:1]) > 0
 
@@ -64,7 +65,7 @@ def test_the_largest_seed_is_another_than_zero(pipeline):
 
 def test_teacher_guidance_and_negative_prompt_matter(pipeline):
     def one(**options):
-        return pipeline.sample_teacher(PROMPTS[:1], [0], num_steps=3, **options)
+        return pipeline.sample(PROMPTS[:1], [0], method="teacher", num_steps=3, **options)
 
     plain = one(guidance_scale=1.0)
     assert apart(plain, one(guidance_scale=7.5)) > 1
@@ -76,18 +77,18 @@ def test_teacher_guidance_and_negative_prompt_matter(pipeline):
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_out_of_range_is_refused(pipeline, seed):
     with pytest.raises(ValueError, match="seed"):
-        pipeline.sample(PROMPTS[:1], [seed])
+        pipeline.sample(PROMPTS[:1], [seed], method="tiue")
 
 
 def test_as_many_seeds_as_prompts(pipeline):
     with pytest.raises(ValueError, match="3 prompts, 1 seeds"):
-        pipeline.sample(PROMPTS, [1])
+        pipeline.sample(PROMPTS, [1], method="tiue")
 
 
 def test_one_leading_step_is_explained(pipeline):
     with pytest.raises(ValueError, match="input noise"):
-        pipeline.sample(PROMPTS[:1], [1], num_steps=1)
+        pipeline.sample(PROMPTS[:1], [1], method="tiue", num_steps=1)
 
 
 def test_no_prompts_give_no_images(pipeline):
-    assert pipeline.sample([], []).shape == (0, 128, 128, 3)
+    assert pipeline.sample([], [], method="tiue").shape == (0, 128, 128, 3)

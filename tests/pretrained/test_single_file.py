@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as theirs
 from safetensors.numpy import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
-from tests.pretrained.folders import MODEL, WEIGHTS, bits, edit_json
+from tests.pretrained.folders import MODEL, WEIGHTS, bits
 from tests.pretrained.original import (
     UNET_OF_FOUR_LEVELS,
-    UNET_OF_TWO_LEVELS,
-    openclip_text_encoder,
+    make_sd2,
     original_text_encoder,
     original_unet,
     original_vae,
+    sd2_tensors,
     training_leftovers,
 )
 from tiue_jax.io.errors import InputError
@@ -64,51 +62,12 @@ def sd1_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small SD 2.x as diffusers saves it, random weights."""
-    folder = tmp_path_factory.mktemp("sd2") / "folder"
-    torch.manual_seed(0)
-    UNet2DConditionModel(
-        sample_size=96,
-        block_out_channels=(64, 128),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=64,
-        attention_head_dim=(1, 2),
-        use_linear_projection=True,
-        upcast_attention=True,
-    ).save_pretrained(folder / "unet")
-    AutoencoderKL(
-        block_out_channels=(32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    ).save_pretrained(folder / "vae")
-    text = CLIPTextConfig(
-        vocab_size=525,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        hidden_act="gelu",
-    )
-    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
-    shutil.copytree(TOKENIZER, folder / "tokenizer")
-    shutil.copytree(MODEL / "scheduler", folder / "scheduler", copy_function=shutil.copyfile)
-    shutil.copyfile(MODEL / "model_index.json", folder / "model_index.json")
-    edit_json(folder / "scheduler/scheduler_config.json", prediction_type="v_prediction")
-    return folder
+    return make_sd2(tmp_path_factory.mktemp("sd2") / "folder")
 
 
 @pytest.fixture(scope="module")
 def sd2_file(sd2_folder: Path) -> Path:
-    parts = _tensors(sd2_folder)
-    tensors = {
-        **original_unet(parts["unet"], UNET_OF_TWO_LEVELS),
-        **original_vae(parts["vae"], 2),
-        **openclip_text_encoder(parts["text_encoder"], 2),
-        **training_leftovers(),
-    }
-    return _save(tensors, sd2_folder.parent / "model.safetensors")
+    return _save(sd2_tensors(sd2_folder), sd2_folder.parent / "model.safetensors")
 
 
 def _assert_same(found: StableDiffusion, expected: StableDiffusion) -> None:

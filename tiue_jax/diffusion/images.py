@@ -6,11 +6,14 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from tiue_jax.models.taesd import AutoencoderTiny
 from tiue_jax.models.vae import AutoencoderKL
 
 
 def decode_images(
-    vae: AutoencoderKL, params: Mapping[str, Any], latents: Float[Array, "b h w c"]
+    vae: AutoencoderKL | AutoencoderTiny,
+    params: Mapping[str, Any],
+    latents: Float[Array, "b h w c"],
 ) -> UInt8[Array, "b H W 3"]:
     """Images of (scaled) latents: clip(127.5 pixels + 128, 0, 255), truncated.
 

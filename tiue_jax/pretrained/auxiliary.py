@@ -42,7 +42,7 @@ class LoadedTAESD:
 class LoadedCLIP:
     """Both towers, their parameters, and what images have to be for them.
 
-    The tokens are those of Stable Diffusion's own tokenizer, cut or filled to `module.max_length`.
+    The tokens are those of Stable Diffusion's own tokenizer.
 
     Attributes:
         size: side of the images, in pixels.

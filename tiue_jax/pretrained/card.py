@@ -11,7 +11,8 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from tiue_jax.io.errors import InputError, one_line
 from tiue_jax.pretrained.folder import StableDiffusion, StudentOptions
@@ -125,13 +126,7 @@ def model_card(
     Raises:
         InputError: `teacher_license` is no identifier, or `repo_id` no OWNER/NAME.
     """
-    if not _LICENSE.fullmatch(teacher_license):
-        raise InputError(
-            "not a licence identifier of the hub",
-            key="license",
-            expected='"openrail++", "other" or the like',
-            found=repr(teacher_license),
-        )
+    _license(teacher_license)
     if repo_id is not None and not is_repo_id(repo_id):
         raise InputError("not a repository of the hub", file=repo_id, expected="OWNER/NAME")
     model, prompt = repo_id or "FOLDER", one_line(next(iter(prompts), "")) or "a red circle"
@@ -188,25 +183,100 @@ def model_card(
 
 
 def student_card(
-    sd: StableDiffusion, *, teacher_license: str = "other", repo_id: str | None = None
+    sd: StableDiffusion, *, teacher_license: str | None = None, repo_id: str | None = None
 ) -> str | None:
-    """Return the card of `sd` with what its `training.json` tells; None if it is no student."""
+    """Return the card of `sd` with what its `training.json` tells; None if it is no student.
+
+    Args:
+        teacher_license: as of `model_card`; None: what `training.json` says, or "other".
+    """
     if sd.student is None:
         return None
-    training = sd.training or {}
-    config, step = training.get("config"), training.get("step")
-    config = config if isinstance(config, dict) else {}
-    prompts = config.get("log.validation_prompts", ())
-    teacher = config.get("teacher")
+    told = _told(sd.training or {}, teacher_license)
+    prompts = told.config.get("log.validation_prompts")
     return model_card(
         sd.student,
         repo_id=repo_id,
-        base_model=teacher if isinstance(teacher, str) and teacher else None,
-        teacher_license=teacher_license,
-        config=config or None,
-        steps=step if isinstance(step, int) else None,
-        prompts=[text for text in prompts if isinstance(text, str)],
+        base_model=told.teacher,
+        teacher_license=told.license,
+        config=told.config or None,
+        steps=told.steps,
+        prompts=[x for x in prompts if isinstance(x, str)] if isinstance(prompts, list) else [],
     )
+
+
+def lora_card(training: Mapping[str, Any], *, teacher_license: str | None = None) -> str:
+    """Return the README.md beside the LoRA teacher of a run.
+
+    Args:
+        training: what `training.json` says.
+        teacher_license: as of `student_card`.
+    """
+    told = _told(training, teacher_license)
+    teacher = _escape(told.teacher) if told.teacher else "a Stable Diffusion"
+    front: dict[str, Any] = {
+        "license": told.license,
+        "library_name": "diffusers",
+        "tags": ["lora", "tiue", f"arxiv:{_PAPER}"],
+        "inference": False,
+    }
+    if told.teacher is not None and is_repo_id(told.teacher):
+        front["base_model"] = told.teacher
+    after = "" if told.steps is None else f" after {told.steps:,} iterations"
+    text = json.dumps(told.config, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+    sections = [
+        _front_matter(front),
+        "# LoRA teacher of a TiUE distillation",
+        f"The low-rank matrices{after} that, on {teacher}, predict the noise of the student's own "
+        f"images ([arXiv {_PAPER}](https://arxiv.org/abs/{_PAPER})). It is half of the "
+        "distillation and no faster model: to go on training, or to look at.",
+        "## How to load it",
+        _fenced("python -m tiue_jax.sample --model=TEACHER --lora=FOLDER --teacher ...", "sh"),
+        "## Training",
+        _fenced(text, "json"),
+        "## Licence",
+        f"That of the teacher ({_escape(told.license)}) holds.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+class _Told(NamedTuple):
+    """What `training.json` says that a card can use."""
+
+    config: dict[str, Any]
+    steps: int | None
+    teacher: str | None
+    license: str
+
+
+def _told(training: Mapping[str, Any], teacher_license: str | None) -> _Told:
+    """Read it with care: it may come from a stranger. A teacher that is a local folder has no name.
+
+    Raises:
+        InputError: `teacher_license` is no identifier.
+    """
+    config, step = training.get("config"), training.get("step")
+    config = config if isinstance(config, dict) else {}
+    teacher, stored = config.get("teacher"), training.get("teacher_license")
+    teacher = teacher if isinstance(teacher, str) and not Path(teacher or ".").exists() else None
+    stored = stored if isinstance(stored, str) and _LICENSE.fullmatch(stored) else "other"
+    return _Told(
+        config=config,
+        steps=step if isinstance(step, int) else None,
+        teacher=None if teacher is None else teacher.partition("@")[0],
+        license=_license(teacher_license or stored),
+    )
+
+
+def _license(name: str) -> str:
+    if not _LICENSE.fullmatch(name):
+        raise InputError(
+            "not a licence identifier of the hub",
+            key="license",
+            expected='"openrail++", "other" or the like',
+            found=repr(name),
+        )
+    return name
 
 
 def _front_matter(fields: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Stable Diffusion folders: in the diffusers layout, or with Flax parameters in the same layout.
 
 ```
-model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/  [tiue.json: a TiUE student]
+model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/
+tiue.json  training.json  README.md     of a TiUE student: K, how it was made, its card
 ```
 Loading checks everything small first (configs, tokenizer, the header of every weight file), then
 streams tensor by tensor: memory peaks at the parameters in the dtype asked for and one tensor more.
@@ -33,7 +34,26 @@ from tiue_jax.pretrained.tokenizer import Tokenizer
 from tiue_jax.pretrained.weights import FLOAT_NAMES
 
 PARTS = ("unet", "vae", "text_encoder")
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+TRAINING_FILE = "training.json"
+_LCM = "LatentConsistencyModelPipeline"
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    _LCM,
+    "LatentConsistencyModelImg2ImgPipeline",
+)
+_OTHER_KINDS = {  # _class_name in model_index.json -> what to call it
+    **dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"), "SDXL"),
+    "StableDiffusionXLInpaintPipeline": "SDXL, inpainting",
+    "StableDiffusion3Pipeline": "SD 3",
+    "StableDiffusionControlNetPipeline": "ControlNet",
+    "StableDiffusionDepth2ImgPipeline": "SD 2, conditioned on depth",
+    "StableDiffusionInpaintPipeline": "inpainting",
+    "StableDiffusionInstructPix2PixPipeline": "InstructPix2Pix",
+    "StableDiffusionUpscalePipeline": "an upscaler",
+    "StableUnCLIPPipeline": "unCLIP",
+    "FluxPipeline": "FLUX",
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +77,7 @@ class StableDiffusion:
         params: "unet", "vae", "text_encoder" (those that were loaded) -> parameters of the module.
         student: None for an ordinary Stable Diffusion.
         latent_size: side of the latents that the UNet was trained on.
+        training: of a student, what made it: step, config, teacher, prompts (`training.json`).
         configs: the JSON objects the folder came with, by part: keys that do not concern us are
             carried over when it is saved.
         folder: where it was loaded from.
@@ -70,6 +91,7 @@ class StableDiffusion:
     schedule: NoiseSchedule
     student: StudentOptions | None = None
     latent_size: int = 64
+    training: Mapping[str, Any] | None = None
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     folder: Path | None = None
 
@@ -91,6 +113,7 @@ def load_stable_diffusion(
     param_dtype: DTypeLike | None = jnp.float32,
     parts: Sequence[str] = PARTS,
     place: Callable[[np.ndarray], Any] = to_device,
+    variant: str | None = None,
 ) -> StableDiffusion:
     """Load a Stable Diffusion folder, in the diffusers layout or in ours with Flax parameters.
 
@@ -101,6 +124,8 @@ def load_stable_diffusion(
         parts: the networks whose parameters are loaded; all modules are there in any case.
         place: what becomes of each parameter as soon as it is read: a JAX array on the default
             device; `np.ascontiguousarray` keeps it on the host.
+        variant: "fp16", ...: which weight files, of every part; None: the plain ones, or the one
+            variant that there is where there are no plain ones.
 
     Raises:
         InputError: files missing, truncated or malformed; settings that we do not implement; keys
@@ -126,13 +151,15 @@ def load_stable_diffusion(
         ),
         schedule=scheduler.schedule_from_config(fields["scheduler"]),
         student=_read_student(folder),
+        training=_read_training(folder),
         latent_size=configs.latent_size_from_config(fields["unet"]),
         configs={part: dict(found.values) for part, found in fields.items()},
         folder=folder,
     )
     form = folder_form(folder)
     files = {
-        part: ParamFile.open(loaded.modules[part], part, folder / part, form) for part in parts
+        part: ParamFile.open(loaded.modules[part], part, folder / part, form, variant)
+        for part in parts
     }
     for part, file in files.items():  # every file has been checked before the first is read
         loaded.params[part] = file.read(param_dtype, place)
@@ -145,6 +172,7 @@ def save_stable_diffusion(
     *,
     dtype: str | None = "float32",
     form: Form = DIFFUSERS,
+    card: str | None = None,
 ) -> None:
     """Write `sd` as an ordinary diffusers folder, whole or not at all.
 
@@ -154,6 +182,7 @@ def save_stable_diffusion(
         sd: with the parameters of all three networks.
         folder: new or empty.
         dtype: "float32", "float16" or "bfloat16"; None: every parameter as it is.
+        card: README.md's text, as of `card.student_card`; None: there is none.
         form: `names.FLAX`: the same folder, but weights under Flax names in Flax's axis order,
             `flax_params.safetensors`; nothing but `load_stable_diffusion` knows it.
 
@@ -185,32 +214,9 @@ def save_stable_diffusion(
         for name, content in written.items():
             (out / name).parent.mkdir(exist_ok=True)
             (out / name).write_text(dump_object(content), encoding="utf-8")
+        if card is not None:
+            (out / "README.md").write_text(card, encoding="utf-8")
         sd.tokenizer.save(out / "tokenizer")
-
-
-def export_student(
-    sd: StableDiffusion,
-    params: Params,
-    folder: StrPath,
-    *,
-    num_steps: int,
-    timestep_spacing: str,
-    dtype: str | None = "float32",
-) -> None:
-    """Write the student whose UNet has `params` as a diffusers folder; the rest is its teacher's.
-
-    Args:
-        sd: the teacher, loaded whole.
-        params: of the student's UNet (its EMA, as a rule).
-        folder: new or empty.
-        num_steps, timestep_spacing: what the student was trained for.
-        dtype: as for `save_stable_diffusion`.
-
-    Raises: as `save_stable_diffusion`.
-    """
-    student = StudentOptions(num_steps, timestep_spacing)
-    whole = replace(sd, params={**sd.params, "unet": params}, student=student)
-    save_stable_diffusion(whole, folder, dtype=dtype)
 
 
 def require_apart(source: Path, target: Path) -> None:
@@ -250,7 +256,7 @@ def folder_configs(sd: StableDiffusion) -> dict[str, dict[str, Any]]:
     keeps_class = sd.student is None and "scheduler" in sd.configs
     name = sd.configs["scheduler"]["_class_name"] if keeps_class else "DDIMScheduler"
     files["model_index.json"] = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": "StableDiffusionPipeline" if sd.unet.time_cond_dim is None else _LCM,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,
@@ -267,6 +273,8 @@ def folder_configs(sd: StableDiffusion) -> dict[str, dict[str, Any]]:
             "num_steps": sd.student.num_steps,
             "timestep_spacing": sd.student.timestep_spacing,
         }
+        if sd.training is not None:
+            files[TRAINING_FILE] = dict(sd.training)
     return files
 
 
@@ -275,15 +283,26 @@ def _require_model(folder: Path) -> None:
     if not folder.exists():
         raise InputError("no such folder", file=folder, expected="a Stable Diffusion folder")
     if folder.is_file():
-        what = "a single file: save the model as a diffusers folder first"
+        what = "a single file: load_single_file reads it, or save it as a diffusers folder first"
         raise InputError(what, file=folder, expected="a folder with model_index.json")
     index = folder / "model_index.json"
     if not index.exists():
         raise InputError("not a Stable Diffusion folder: no model_index.json", file=folder)
+    require_pipeline(index)
+
+
+def require_pipeline(index: Path) -> None:
+    """Raise InputError, saying what it is instead, unless `index` is that of a Stable Diffusion."""
     fields = Fields(read_object(index), index)
     if fields.values.get("_class_name") not in PIPELINES:
-        expected = " or ".join(PIPELINES)
-        raise fields.refuse("_class_name", expected, "another kind of model")
+        kind = _OTHER_KINDS.get(str(fields.values.get("_class_name")))
+        raise InputError(
+            "another kind of model",
+            file=index,
+            key="_class_name",
+            expected=" or ".join(PIPELINES),
+            found=fields.show("_class_name") + (f" ({kind})" if kind else ""),
+        )
 
 
 def _fields(folder: Path, part: str, name: str) -> Fields:
@@ -304,6 +323,12 @@ def _require_fit(
     if unet.context_dim != text_encoder.hidden_size:
         what = "UNet does not take the text encoder's width"
         raise fields["unet"].refuse("cross_attention_dim", text_encoder.hidden_size, what)
+
+
+def _read_training(folder: Path) -> dict[str, Any] | None:
+    """Return what `training.json` says; None where there is none."""
+    path = folder / TRAINING_FILE
+    return read_object(path) if path.exists() else None
 
 
 def _read_student(folder: Path) -> StudentOptions | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +30,7 @@ from huggingface_hub.errors import (
 
 from tiue_jax.io.errors import InputError, one_line
 from tiue_jax.io.files import StrPath
+from tiue_jax.pretrained.folder import require_pipeline
 from tiue_jax.pretrained.names import DIFFUSERS, FLAX
 from tiue_jax.pretrained.weights import PICKLE_ENDINGS, WAY_OUT
 
@@ -49,6 +51,7 @@ REQUIRED_FILES = (
     "vae/config.json",
 )
 OPTIONAL_FILES = (
+    "training.json",
     "tiue.json",
     "tokenizer/added_tokens.json",
     "tokenizer/merges.txt",
@@ -94,7 +97,7 @@ def resolve_model(name: str, *, revision: str | None = None, variant: str | None
     def choose(names: Iterable[str], shown: StrPath) -> list[str]:
         return needed_files(names, variant, shown)
 
-    return _resolve(name, revision, choose, REQUIRED_FILES[0])
+    return _resolve(name, revision, choose, REQUIRED_FILES[0], require_pipeline)
 
 
 def resolve_network(name: str) -> Path:
@@ -129,12 +132,14 @@ def _resolve(
     revision: str | None,
     choose: Callable[[Iterable[str], StrPath], list[str]],
     index: str,
+    check: Callable[[Path], None] = lambda path: None,
 ) -> Path:
     """Return the local path `name`, or the snapshot with those of a repository's files we need.
 
     Args:
         choose: (all names, what to call the model) -> those needed.
         index: a file that every such repository has.
+        check: looks at that file before the others are fetched.
     """
     if os.path.exists(name):
         if revision is not None:
@@ -148,12 +153,14 @@ def _resolve(
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=False)
         return [sibling.rfilename for sibling in info.siblings or ()]
 
-    names = choose(_ask(listing, repo_id, revision), repo_id)
+    def download(names: list[str]) -> Path:
+        fetch = partial(snapshot_download, repo_id, revision=revision, allow_patterns=names)
+        return Path(_ask(fetch, repo_id, revision))
 
-    def download() -> str:
-        return snapshot_download(repo_id, revision=revision, allow_patterns=names)
-
-    return Path(_ask(download, repo_id, revision))
+    names = _ask(listing, repo_id, revision)
+    if index in names:
+        check(download([index]) / index)
+    return download(choose(names, repo_id))
 
 
 def needed_files(names: Iterable[str], variant: str | None, shown: StrPath) -> list[str]:
@@ -348,7 +355,7 @@ def _refusal(error: Exception, repo_id: str, revision: str | None) -> InputError
         advice = {
             401: f"the hub does not know the token (401): {_LOG_IN}",
             403: f"the hub refuses access (403): {_LOG_IN} with a token that may",
-            409: "the repository exists already (409): choose another name, or allow to add to it",
+            409: "the repository exists already (409): choose another name",
         }
         what = advice.get(status, f"the hub answers with an error ({status}): try again later")
         return InputError(what, file=shown)

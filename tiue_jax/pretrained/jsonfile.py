@@ -19,6 +19,7 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_DEPTH = 64  # what can be read must be shown too, from any depth of our own calls
 MAX_VALUES = 1 << 19  # CLIP's vocabulary and merges are 200,000; a tensor in a header, 10
 MAX_SHOWN = 160  # characters of a key or a name from a file
+_SURROGATE = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}|\\u[dD][c-fC-F][0-9a-fA-F]{2}")  # escaped
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # to the end where it does not end
 
 
@@ -48,6 +49,13 @@ def parse_object(text: bytes, file: Path) -> dict[str, Any]:
         raise InputError(f"not JSON: {error}", file=file) from error
     if not isinstance(found, dict):
         raise InputError("not a JSON object", file=file, found=type(found).__name__)
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                "not usable JSON: half of a character in a string", file=file
+            ) from error
     return found
 
 

@@ -23,7 +23,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,13 +168,18 @@ def open_lora(file: StrPath, shapes: Mapping[str, Mapping[ParamPath, Shape]]) ->
 
 
 def merge_lora_file(sd: StableDiffusion, file: StrPath, scale: float = 1.0) -> StableDiffusion:
-    """Return `sd` with the LoRA of `file` in its parameters; each keeps its dtype and its place.
+    """Put the LoRA of `file` into the parameters of `sd`; each keeps its dtype and its place.
+
+    Kernel by kernel and in place, so that no second copy of the parameters is ever held; nothing
+    is changed before the whole file has been checked.
 
     Args:
         sd: with the parameters of the parts that the file adapts.
         file: a .safetensors file, or a folder with pytorch_lora_weights.safetensors.
         scale: how much of it; 1 is the whole.
 
+    Returns:
+        `sd`.
     Raises:
         InputError: as `open_lora`; NaN or Inf in a matrix, or a sum beyond the range of its dtype.
         ValueError: parameters that the file adapts were not loaded, or `scale` is no number.
@@ -185,16 +190,18 @@ def merge_lora_file(sd: StableDiffusion, file: StrPath, scale: float = 1.0) -> S
     missing = sorted({layer.part for layer in lora.pairs} - sd.params.keys())
     if missing:
         raise ValueError(f"parameters of {missing} were not loaded")
-    flat = {part: flatten_dict(sd.params[part]) for part in sd.params}
     for layer, pair in lora.pairs.items():
-        kernel = flat[layer.part][layer.path]
+        holder = sd.params[layer.part]
+        for module in layer.path[:-1]:
+            holder = holder[module]
+        kernel = holder[layer.path[-1]]
         merged = np.asarray(kernel).astype(np.float32) + np.float32(scale) * lora.update(layer)
         require_finite(merged, lora.weights.path, pair.up)
         merged = convert_dtype(merged, kernel.dtype, lora.weights.path, pair.up)
         if isinstance(kernel, jax.Array):
             merged = jax.device_put(np.ascontiguousarray(merged), kernel.sharding)
-        flat[layer.part][layer.path] = merged
-    return replace(sd, params={part: unflatten_dict(found) for part, found in flat.items()})
+        holder[layer.path[-1]] = merged
+    return sd
 
 
 def save_lora(lora: Mapping[str, Any], alpha: float, target: StrPath) -> Path:

@@ -21,16 +21,32 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from tiue_jax.diffusion.ddim import closed_form, ddim_sample
+from tiue_jax.diffusion.euler import euler_sample
 from tiue_jax.diffusion.images import decode_images
+from tiue_jax.diffusion.lcm import lcm_sample, step_noises
+from tiue_jax.diffusion.one_step import one_step_sample
 from tiue_jax.diffusion.student import student_forward, student_timesteps
+from tiue_jax.io.errors import InputError
 from tiue_jax.io.files import StrPath
 from tiue_jax.models.clip import CLIPTextEncoder
+from tiue_jax.models.taesd import AutoencoderTiny
 from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL
-from tiue_jax.pretrained.folder import StableDiffusion, StudentOptions, load_stable_diffusion
+from tiue_jax.pretrained.auxiliary import LoadedTAESD, load_taesd
+from tiue_jax.pretrained.folder import StableDiffusion, StudentOptions
+from tiue_jax.pretrained.hub import resolve_network
+from tiue_jax.pretrained.load import load_model
+from tiue_jax.pretrained.methods import METHODS, choose_method, default_guidance, original_steps
 
 Images = UInt8[np.ndarray, "n H W 3"]
+Latents = Callable[[Mapping[str, Any], Array, Array, Array], Array]
 MAX_SEED = 2**32 - 1
+_SAMPLERS: dict[str, Callable[..., Array]] = {
+    "teacher": ddim_sample,
+    "turbo": euler_sample,
+    "lcm": lcm_sample,
+    "one-step": one_step_sample,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +55,7 @@ class Pipeline:
 
     Attributes:
         model: what the folder held.
+        taesd: a small decoder in place of the VAE's; None: the VAE.
         batch_size: images made at a time; rounded up to a multiple of the number of devices. The
             last batch is filled up, so that one shape is compiled.
         progress: called with an iterator of batches and their number; a progress bar's place.
@@ -46,6 +63,7 @@ class Pipeline:
 
     model: StableDiffusion
     batch_size: int = 8
+    taesd: LoadedTAESD | None = None
     progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda batches, total: batches
 
     def sample(
@@ -53,61 +71,75 @@ class Pipeline:
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
+        method: str = "auto",
         num_steps: int | None = None,
         timestep_spacing: str | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
     ) -> Images:
-        """One pass of the student a batch: the encoder once, `num_steps` decoders in parallel.
+        """Make one image a prompt and seed.
 
         Args:
             prompts: one an image.
-            seeds: one an image, 0..2^32 - 1: of the input noise.
+            seeds: one an image, 0..2^32 - 1: of all its noise.
+            method: one of `methods.METHODS`; "auto": what the folder says.
             num_steps, timestep_spacing: K and how the timesteps are spread; None: what the student
-                was trained for (`tiue.json`), or 4 and "leading" where the model is no student.
+                was trained for, or the method's own.
+            guidance_scale: w, where the method has one; 1 samples without, in half the time.
+            negative_prompt: takes the place of the empty prompt in u, where there is a u.
 
         Raises:
             ValueError: numbers of prompts and seeds differ, or settings that make no image.
         """
-        told = self.model.student or StudentOptions()
-        steps = told.num_steps if num_steps is None else num_steps
+        model = self.model
+        name = choose_method(model, method)
+        told = METHODS[name]
+        student = model.student or StudentOptions()
+        if num_steps is None:
+            num_steps = student.num_steps if name == "tiue" else told.num_steps
+        if told.guidance_scale is None and guidance_scale not in (None, 1.0):
+            raise ValueError(f"guidance_scale {guidance_scale}: method {name} has no guidance")
+        w = default_guidance(model, name) if guidance_scale is None else guidance_scale
+        embedded = model.unet.time_cond_dim is not None
+        guided = w is not None and (w != 1.0 or embedded)
+        if negative_prompt and (embedded or not guided):
+            raise ValueError(f"negative_prompt: method {name} without guidance has no use for it")
+        if timestep_spacing is not None and name in ("lcm", "one-step"):
+            raise ValueError(f"timestep_spacing: method {name} has timesteps of its own")
+        spacing = timestep_spacing or told.spacing
+        if name == "tiue":
+            return self._run(
+                self._one_pass(num_steps, spacing or student.timestep_spacing), prompts, seeds
+            )
+        null_context = self.encode(model.tokenizer([negative_prompt or ""]))
+        sampler = partial(
+            _SAMPLERS[name], model.unet, schedule=model.schedule, num_steps=num_steps,
+            guided=guided, guidance_scale=1.0 if w is None else w,
+        )  # fmt: skip
+        if name in ("teacher", "turbo"):
+            sampler = partial(sampler, spacing=spacing)
+        elif name == "lcm":
+            sampler = partial(sampler, original_steps=original_steps(model))
+
+        def latents(params: Mapping[str, Any], noise: Array, context: Array, seeds: Array) -> Array:
+            null = jnp.broadcast_to(null_context, context.shape)
+            noises = {}
+            if name == "lcm":
+                noises["noises"] = seed_step_noises(seeds, num_steps, noise.shape[1:])
+            return sampler(params, noise=noise, context=context, null_context=null, **noises)
+
+        return self._run(latents, prompts, seeds)
+
+    def _one_pass(self, num_steps: int, spacing: str) -> Latents:
+        """The encoder once, `num_steps` decoders in parallel."""
         schedule, unet = self.model.schedule, self.model.unet
-        timesteps = student_timesteps(schedule, steps, timestep_spacing or told.timestep_spacing)
+        timesteps = student_timesteps(schedule, num_steps, spacing)
         S, E = closed_form(schedule, timesteps)
 
-        def latents(params: Mapping[str, Any], noise: Array, context: Array) -> Array:
+        def latents(params: Mapping[str, Any], noise: Array, context: Array, seeds: Array) -> Array:
             return _student_latents(unet, params, noise, context, jnp.asarray(timesteps), S, E)
 
-        return self._run(latents, prompts, seeds)
-
-    def sample_teacher(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        num_steps: int = 25,
-        guidance_scale: float = 7.5,
-        negative_prompt: str = "",
-        timestep_spacing: str | None = None,
-    ) -> Images:
-        """DDIM with classifier-free guidance: an ordinary Stable Diffusion.
-
-        Args:
-            guidance_scale: w in u + w (c - u); 1 samples without guidance, in half the time.
-            negative_prompt: takes the place of the empty prompt in u.
-            timestep_spacing: None takes the schedule's.
-            The others as in `sample`.
-        """
-        schedule, unet = self.model.schedule, self.model.unet
-        null_ids = self.model.tokenizer([negative_prompt])
-        null_context = self.encode(null_ids)
-
-        def latents(params: Mapping[str, Any], noise: Array, context: Array) -> Array:
-            null = jnp.broadcast_to(null_context, context.shape)
-            return ddim_sample(
-                unet, params, schedule, noise, context, null, guidance_scale, num_steps,
-                spacing=timestep_spacing, guided=guidance_scale != 1.0,
-            )  # fmt: skip
-
-        return self._run(latents, prompts, seeds)
+        return latents
 
     def encode(
         self, input_ids: Int[np.ndarray, "b n"] | Int[Array, "b n"]
@@ -115,13 +147,22 @@ class Pipeline:
         """The text encoder's context of token ids."""
         return _encode(self.model.text_encoder, self.model.params["text_encoder"], input_ids)
 
+    def _decode(self, latents: Float[Array, "b h w c"]) -> UInt8[Array, "b H W 3"]:
+        if self.taesd is not None:
+            return _decode(self.taesd.module, self.taesd.params, latents)
+        return _decode(self.model.vae, self.model.params["vae"], latents)
+
     def _run(
         self,
-        latents: Callable[[Mapping[str, Any], Array, Array], Array],
+        latents: Latents,
         prompts: Sequence[str],
         seeds: Sequence[int],
     ) -> Images:
-        """Encode, draw noise, call `latents`, decode: in batches of one size over all devices."""
+        """Encode, draw noise, call `latents`, decode: in batches of one size over all devices.
+
+        Args:
+            latents: (UNet's parameters, noise, context, seeds) -> x0.
+        """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: expected one each")
         wrong = [seed for seed in seeds if not 0 <= seed <= MAX_SEED]
@@ -141,8 +182,8 @@ class Pipeline:
             ids = jax.device_put(input_ids[rows], split)
             chosen = jax.device_put(np.asarray(seeds, np.uint32)[rows], split)
             context = self.encode(ids)
-            x0 = latents(model.params["unet"], seed_noise(chosen, shape), context)
-            images = _decode(model.vae, model.params["vae"], x0)
+            x0 = latents(model.params["unet"], seed_noise(chosen, shape), context, chosen)
+            images = self._decode(x0)
             done.append(np.asarray(images)[: len(prompts) - start])
         return np.concatenate(done)
 
@@ -153,13 +194,21 @@ def seed_noise(seeds: UInt32[Array, " b"], shape: tuple[int, int, int]) -> Float
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
 
 
+@partial(jax.jit, static_argnames=("num_steps", "shape"))
+def seed_step_noises(
+    seeds: UInt32[Array, " b"], num_steps: int, shape: tuple[int, int, int]
+) -> Float[Array, "_ b h w c"]:
+    """The noise that LCM adds between its steps, of every image from its own seed."""
+    return step_noises(jax.vmap(jax.random.key)(seeds), num_steps, shape)
+
+
 @partial(jax.jit, static_argnames="text_encoder")
 def _encode(text_encoder: CLIPTextEncoder, params: Any, ids: Array) -> Array:
     return text_encoder.apply({"params": params}, jnp.asarray(ids))
 
 
 @partial(jax.jit, static_argnames="vae")
-def _decode(vae: AutoencoderKL, params: Any, latents: Array) -> Array:
+def _decode(vae: AutoencoderKL | AutoencoderTiny, params: Any, latents: Array) -> Array:
     return decode_images(vae, params, latents)
 
 
@@ -171,23 +220,40 @@ def _student_latents(
 
 
 def load_pipeline(
-    folder: StrPath, *, dtype: DTypeLike = jnp.float32, batch_size: int = 8
+    model: StrPath,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    batch_size: int = 8,
+    taesd: StrPath | None = None,
+    **options: Any,
 ) -> Pipeline:
-    """Load a model folder for sampling.
+    """Load a model for sampling.
 
     Args:
-        folder: a student's or an ordinary Stable Diffusion's.
+        model: a folder, hub id or single file, as `load_model` takes it.
         dtype: compute dtype, and that of the parameters: bfloat16 on TPUs halves memory and time.
         batch_size: images made at a time.
+        taesd: folder or hub id of a TAESD to decode with, instead of the VAE.
+        options: further ones of `load_model`.
 
     Raises:
-        InputError: as `load_stable_diffusion`.
+        InputError: as `load_model`; a TAESD of other latents.
     """
-    model = load_stable_diffusion(folder, dtype=dtype, param_dtype=dtype)
+    found = load_model(model, dtype=dtype, param_dtype=dtype, **options)
     everywhere = NamedSharding(_mesh(), PartitionSpec())
-    return Pipeline(
-        replace(model, params=jax.device_put(model.params, everywhere)), batch_size=batch_size
-    )
+    found = replace(found, params=jax.device_put(found.params, everywhere))
+    if taesd is None:
+        return Pipeline(found, batch_size)
+    small = load_taesd(resolve_network(str(taesd)), dtype=dtype, param_dtype=dtype)
+    if small.module.latent_channels != found.unet.out_channels:
+        raise InputError(
+            "TAESD decodes other latents than this model's",
+            file=taesd,
+            expected=f"{found.unet.out_channels} channels",
+            found=small.module.latent_channels,
+        )
+    small = replace(small, params=jax.device_put(small.params, everywhere))
+    return Pipeline(found, batch_size, small)
 
 
 def _mesh() -> Mesh:
