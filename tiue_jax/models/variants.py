@@ -8,12 +8,13 @@ from tiue_jax.models.vae import AutoencoderKL
 
 
 class Variant(NamedTuple):
-    """The three networks of a Stable Diffusion, and the size of its latents."""
+    """The three networks of a Stable Diffusion, the size of its latents, what its UNet predicts."""
 
     unet: UNet
     vae: AutoencoderKL
     text_encoder: CLIPTextEncoder
     latent_size: int
+    prediction_type: str = "epsilon"
 
 
 _SD2_TEXT = CLIPTextEncoder(
@@ -40,7 +41,9 @@ _TINY_VAE = AutoencoderKL(
 VARIANTS: dict[str, Variant] = {
     "sd15": Variant(UNet(), AutoencoderKL(), CLIPTextEncoder(), 64),
     "sd21_base": Variant(_SD2_UNET, AutoencoderKL(), _SD2_TEXT, 64),
-    "sd21": Variant(_SD2_UNET.clone(upcast_attention=True), AutoencoderKL(), _SD2_TEXT, 96),
+    "sd21": Variant(
+        _SD2_UNET.clone(upcast_attention=True), AutoencoderKL(), _SD2_TEXT, 96, "v_prediction"
+    ),
     "tiny": Variant(_TINY_UNET, _TINY_VAE, _TINY_TEXT, 8),
 }
 

@@ -1,0 +1,1 @@
+"""The real shapes: gigabytes and minutes, so all of it is `slow`."""
