@@ -170,8 +170,7 @@ def model_card(
         listed = "\n".join(f"- {_escape(text)}" for text in prompts)
         sections += ["## Prompts", listed]
     if config is not None:
-        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, default=str)
-        sections += ["## Training", "The settings of the run:", _fenced(text, "json")]
+        sections += ["## Training", "The settings of the run:", _settings(config)]
     named = f"`{teacher_license}`" if teacher_license != "other" else "not named here"
     sections += [
         "## Licence",
@@ -223,7 +222,6 @@ def lora_card(training: Mapping[str, Any], *, teacher_license: str | None = None
     if told.teacher is not None and is_repo_id(told.teacher):
         front["base_model"] = told.teacher
     after = "" if told.steps is None else f" after {told.steps:,} iterations"
-    text = json.dumps(told.config, indent=2, sort_keys=True, ensure_ascii=False, default=str)
     sections = [
         _front_matter(front),
         "# LoRA teacher of a TiUE distillation",
@@ -233,7 +231,7 @@ def lora_card(training: Mapping[str, Any], *, teacher_license: str | None = None
         "## How to load it",
         _fenced("python -m tiue_jax.sample --model=TEACHER --lora=FOLDER --teacher ...", "sh"),
         "## Training",
-        _fenced(text, "json"),
+        _settings(told.config),
         "## Licence",
         f"That of the teacher ({_escape(told.license)}) holds.",
     ]
@@ -295,6 +293,12 @@ def _fenced(text: str, language: str) -> str:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    """Return a run's config as a block of JSON."""
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+    return _fenced(text, "json")
 
 
 def _python_string(text: str) -> str:
