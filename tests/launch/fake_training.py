@@ -1,0 +1,48 @@
+"""A stand-in for Python on a worker: plays `python -m tiue_jax.main`, after what plan.json says.
+
+plan.json is a list, one entry a start: {"codes": [one a worker]} with, for a code, an exit code,
+"wait" (until SIGTERM, then 75), "hang" (whatever comes), or "die" (by SIGKILL).
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+if "--help" in sys.argv:
+    sys.exit(0)
+FAKE = Path(os.environ["TIUE_FAKE"])
+home = Path(os.environ["HOME"])
+
+received = []
+signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+counter = FAKE / f"starts{home.name}"
+attempt = len(counter.read_text()) if counter.exists() else 0
+counter.write_text("x" * (attempt + 1))
+token = os.environ.get("HF_TOKEN_PATH")
+record = {
+    "machine": str(home.relative_to(FAKE)),
+    "argv": sys.argv[1:],
+    "code": sorted(path.name for path in Path.cwd().iterdir()),
+    "token": Path(token).read_text() if token else None,
+}
+with open(FAKE / "training.jsonl", "a") as file:
+    file.write(json.dumps(record) + "\n")
+
+plan = json.loads((FAKE / "plan.json").read_text())
+codes = plan[attempt]["codes"] if attempt < len(plan) else [0]
+todo = codes[min(int(home.name), len(codes) - 1)]
+print(f"attempt {attempt}: step 1/2", flush=True)
+time.sleep(0.2)
+if todo == "die":
+    parent = os.getppid()  # the wrapper, if it is still there
+    line = Path(f"/proc/{parent}/cmdline").read_text().split("\0")
+    if parent > 1 and f"{home}/.tiue_jax/on_worker.sh" in line:
+        os.kill(parent, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+while todo == "hang" or (todo == "wait" and not received):
+    time.sleep(0.05)
+print(f"attempt {attempt}: ends", flush=True)
+sys.exit(75 if todo == "wait" else todo)
