@@ -24,6 +24,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from examples.tiny_sd.tokenizer import byte_letters
@@ -116,7 +117,19 @@ def make_random_sd(kind: str, folder: Path, *, dtype: str = "float32", seed: int
             requires_safety_checker=False,
         )
         pipeline.to(getattr(torch, dtype)).save_pretrained(out, safe_serialization=True)
+        _name_as_published(out / "text_encoder" / "model.safetensors")
     return folder
+
+
+def _name_as_published(file: Path) -> None:
+    """Give the text encoder's tensors the names of the published folders.
+
+    transformers 5 writes them without the `text_model.` that they all have there.
+    """
+    tensors = load_file(file)
+    prefix = "" if any(name.startswith("text_model.") for name in tensors) else "text_model."
+    named = {prefix + name: tensor for name, tensor in tensors.items()}
+    save_file(named, file, metadata={"format": "pt"})
 
 
 def _write_tokenizer(folder: Path, pad: str | None) -> CLIPTokenizer:

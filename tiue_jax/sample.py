@@ -64,11 +64,12 @@ def main(argv: Sequence[str]) -> None:
     out = Path(FLAGS.out) if FLAGS.out else _free_folder(Path("samples"))
     with new_folder(out) as folder:
         began = time.monotonic()
-        images = sample_by_flags(FLAGS.model, prompts, seeds)
+        images, load, first = sample_by_flags(FLAGS.model, prompts, seeds)
         seconds = time.monotonic() - began
         settings = {f.name: f.value for f in FLAGS.get_key_flags_for_module(sys.modules[__name__])}
         write_samples(folder, images, prompts, seeds, settings)
-    print(f"{out}: {len(images)} images in {seconds:.1f} s, all included; {out}/grid.png")
+    parts = f"loading {load:.1f} s, the first batch with compilation {first:.1f} s"
+    print(f"{out}: {len(images)} images in {seconds:.1f} s ({parts}); {out}/grid.png")
 
 
 def _free_folder(parent: Path) -> Path:

@@ -89,10 +89,10 @@ def test_conversion_and_back_is_bit_for_bit(folder: Path, tmp_path: Path) -> Non
 
 
 PEAK = """
-import json, resource, sys, time
+import json, re, sys, time
 import numpy as np, jax
 from tiue_jax.pretrained.folder import load_stable_diffusion
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak(): return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 jax.device_put(np.zeros(8)).block_until_ready()
 before, began = peak(), time.monotonic()
 sd = load_stable_diffusion(sys.argv[1], param_dtype=sys.argv[2])
@@ -114,7 +114,7 @@ def test_loading_streams(sd15: Path, dtype: str) -> None:
     share = told["peak"] / told["size"]
     print(f"{dtype}: {told['size'] / 1e9:.2f} GB of parameters, peak {share:.2f} times that, "
           f"{told['seconds']:.0f} s")  # fmt: skip
-    assert share <= 1.2
+    assert 0.9 < share <= 1.2  # below, it would not have been measured
 
 
 def test_unet(folder: Path) -> None:

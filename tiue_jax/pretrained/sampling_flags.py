@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 from absl import flags
 from tqdm import tqdm
@@ -28,7 +30,15 @@ _TAESD = flags.DEFINE_string(
 _SETTINGS = ("num_steps", "guidance_scale", "negative_prompt")  # that an error may be about
 
 
-def sample_by_flags(model: str, prompts: Sequence[str], seeds: Sequence[int]) -> Images:
+class Sampled(NamedTuple):
+    """The images, and the seconds that loading took and that the first batch took after it."""
+
+    images: Images
+    load_seconds: float
+    first_seconds: float
+
+
+def sample_by_flags(model: str, prompts: Sequence[str], seeds: Sequence[int]) -> Sampled:
     """Load `model` and make its images, with a progress bar.
 
     Raises:
@@ -36,6 +46,7 @@ def sample_by_flags(model: str, prompts: Sequence[str], seeds: Sequence[int]) ->
     """
     if _TEACHER.value and _METHOD.value not in ("auto", "teacher"):
         raise InputError("contradicts --teacher", key="--method", found=_METHOD.value)
+    began = time.monotonic()
     pipeline = load_pipeline(
         model,
         dtype=_DTYPE.value,
@@ -43,9 +54,16 @@ def sample_by_flags(model: str, prompts: Sequence[str], seeds: Sequence[int]) ->
         taesd=_TAESD.value if _DECODER.value == "taesd" else None,
         **model_options(),
     )
-    pipeline = replace(pipeline, progress=lambda batches, n: iter(tqdm(batches, "batches", n)))
+    loaded = time.monotonic()
+    first = []
+
+    def progress(batches: Iterator[Any], total: int) -> Iterator[Any]:
+        for batch in tqdm(batches, "batches", total):
+            yield batch
+            first.append(time.monotonic() - loaded)
+
     try:
-        return pipeline.sample(
+        images = replace(pipeline, progress=progress).sample(
             prompts,
             seeds,
             method="teacher" if _TEACHER.value else _METHOD.value,
@@ -57,3 +75,4 @@ def sample_by_flags(model: str, prompts: Sequence[str], seeds: Sequence[int]) ->
         text = str(error)
         key = next((f"--{name}" for name in _SETTINGS if text.startswith(name)), "--method")
         raise InputError(text, file=model, key=key) from error
+    return Sampled(images, loaded - began, first[0])
