@@ -31,7 +31,7 @@ help:
 demo: $(VENV)/.run-requirements
 	$(JAX_ENV) $(RUN) -m examples.tiny_sd.demo $(ARGS)
 
-test: $(VENV)/.dev-requirements
+test: $(VENV)/.dev-requirements $(VENV)/.tpu-compiler
 	$(PYTEST) -m "not slow" -n $(WORKERS) --dist loadfile
 
 check: $(VENV)/.dev-requirements
@@ -41,7 +41,7 @@ check: $(VENV)/.dev-requirements
 	$(VENV)/bin/lint-imports
 	$(PYTEST) -m "not slow" -n $(WORKERS) --dist loadfile $(FAST)
 
-slow: $(VENV)/.dev-requirements
+slow: $(VENV)/.dev-requirements $(VENV)/.tpu-compiler
 	$(PYTEST) -m slow
 
 clean:
@@ -57,6 +57,14 @@ $(VENV)/.run-requirements: requirements.txt $(VENV)/.created
 $(VENV)/.dev-requirements: requirements-dev.txt $(VENV)/.run-requirements
 	@echo "Installing what the tests need into $(VENV) (minutes, the first time)"
 	$(RUN) -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# The TPU compiler, in a folder of its own: in the environment, JAX would look for a TPU at every
+# start. The release is the one that jax[tpu] wants beside the jax of requirements.txt.
+$(VENV)/.tpu-compiler: $(VENV)/.run-requirements
+	@echo "Installing the TPU compiler into $(VENV)/tpu (700 MB)"
+	$(RUN) -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $(VENV)/tpu \
+	    libtpu==0.0.42.1
 	@touch $@
 
 $(VENV)/.created:

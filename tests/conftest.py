@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ if _DEVICES.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ log: errors only
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks a hub is a broken test
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+# The TPU compiler, where `make` has put it; several processes may compile at a time.
+sys.path.append(str(Path(sys.prefix) / "tpu"))
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 import flax.struct
 import jax

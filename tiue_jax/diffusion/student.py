@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from tiue_jax.diffusion.schedule import NoiseSchedule
+from tiue_jax.models.attention import batch_axes
 from tiue_jax.models.unet import Features, UNet
 
 
@@ -66,7 +67,9 @@ def decode_timesteps(
         return unet.apply({"params": params}, *batch_of_one, method="decode")[0]
 
     over_timesteps = jax.vmap(decode, in_axes=(None, None, 0))
-    over_examples = jax.vmap(over_timesteps, in_axes=(0, 0, None))
+    over_examples = jax.vmap(
+        over_timesteps, in_axes=(0, 0, None), spmd_axis_name=batch_axes(len(context))
+    )
     return over_examples(features, context, jnp.asarray(timesteps, jnp.int32))
 
 

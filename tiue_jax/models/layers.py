@@ -15,6 +15,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
+from tiue_jax.models.attention import dot_product_attention
+
 SAME = ((1, 1), (1, 1))  # padding of a 3x3 convolution that keeps the size
 VALID = ((0, 0), (0, 0))  # of a 1x1 convolution
 
@@ -252,7 +254,7 @@ class Attention(nn.Module):
         q, k, v = heads("to_q", x), heads("to_k", context), heads("to_v", context)
         if self.upcast:
             q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
-        out = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        out = dot_product_attention(q, k, v).reshape(x.shape)
         return nn.Dense(channels, dtype=self.dtype, name="to_out_0")(out)
 
 
