@@ -64,16 +64,23 @@ def get_config() -> ConfigDict:
     config.train.clip_grad_norm = 1.0  # global norm, student and LoRA each
     config.train.null_prompt_prob = 0.1  # how often the LoRA's loss sees the empty prompt
     config.train.ema_max_decay = 0.9999  # decay is min(this, (1 + n) / (10 + n)) after n updates
-    config.train.compute_dtype = "bfloat16"  # or float32; weights and losses are always float32
-    config.train.remat = True  # recompute activations going back: less memory, more time
+    config.train.compute_dtype = "bfloat16"  # or float32; what learns, and losses, are float32
+    # What the frozen teacher is kept in; half of a float32's bytes where it is computed in halves.
+    config.train.teacher_dtype = config.train.get_oneway_ref("compute_dtype")
+    # What going back computes again, for less memory: none, attention (every transformer block),
+    # matmuls (all but the results of convolutions and projections), or blocks (everything).
+    config.train.remat = "blocks"
+    config.train.accumulate = 1  # parts that a batch is computed in, one after the other
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices that split the batch; -1: all that are left
     config.mesh.fsdp = 1  # devices that split batch and weights
+    config.mesh.shard_teacher = True  # the frozen teacher too; False: whole on every device
 
     config.log = ConfigDict()
     config.log.every = 50  # iterations between lines of metrics.jsonl, TensorBoard and the bar
     config.log.summary_every = 500  # iterations between image grids; 0: none
+    config.log.stuck_after = 1800  # seconds without a step, after which stacks are shown; 0: never
     config.log.validation_prompts = (  # of the image grids, always from the same noise
         "a red cube on a blue table",
         "a photo of a waterfall surrounded by rocks",

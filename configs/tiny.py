@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     config.train.student_every = 2
     config.train.ema_max_decay = 0.99
     config.train.compute_dtype = "float32"
-    config.train.remat = False
+    config.train.remat = "none"
 
     config.log.every = 10
     config.log.summary_every = 250

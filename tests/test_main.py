@@ -56,7 +56,12 @@ CASES: dict[str, tuple[list[str], str]] = {
         "error: [--config.train.batch_size]: ",
     ),
     "not a bool": (
-        [TINY, "--workdir=W", "--config.train.remat=maybe"], "error: [--config.train.remat]: ",
+        [TINY, "--workdir=W", "--config.mesh.shard_teacher=maybe"],
+        "error: [--config.mesh.shard_teacher]: ",
+    ),
+    "no such policy": (
+        [TINY, "--workdir=W", "--config.train.remat=maybe"],
+        "error: [train.remat]: not usable, expected one of none, attention, matmuls, blocks, found",
     ),
     "a group": ([TINY, "--workdir=W", "--config.train=3"], "error: [--config.train]: "),
     "no such config": (["--config=configs/none.py", "--workdir=W"], "error: [--config]: "),

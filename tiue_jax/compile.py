@@ -1,11 +1,14 @@
-"""Compile the training iteration for a TPU slice, without a TPU: does it fit, what does it send?
+"""Compile for a TPU slice, without a TPU: does a run fit, what does it compute, move and send?
 
-    python -m tiue_jax.compile --config=configs/sd15.py --shapes=sd15 --topology=v5e:2x4 \
-        --config.train.batch_size=8 --config.mesh.fsdp=8
+    python -m tiue_jax.compile --config=configs/sd15.py --topology=v5e:4x4 --config.mesh.fsdp=8
+    python -m tiue_jax.compile --config=configs/sd15.py --topology=v6e:2x4 --what=sample
 
-No weights are read: --shapes names the teacher's. Needs libtpu (pip install libtpu), whose compiler
-runs on any machine; a full-size step takes it half an hour on two cores. Prints bytes a chip,
-flops and collectives, and writes them to --out as JSON. These are the compiler's figures.
+Nothing is read but the config: --shapes names the teacher's networks. Needs libtpu, whose compiler
+runs on any machine: pip install "jax[tpu]". A full-size training iteration keeps it busy for half
+an hour on two cores, and takes 12 GB. Exit code 1: it does not fit; the line says what would help.
+
+The figures are the compiler's and arithmetic, not a run's: "at least" is what the chip's published
+peaks allow. docs/scaling.md shows them for the paper's run.
 """
 
 from __future__ import annotations
@@ -16,15 +19,17 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from tiue_jax.io.errors import InputError, run_command
+from tiue_jax.io.errors import InputError, RunError, run_command
 from tiue_jax.io.files import write_atomic
 from tiue_jax.models.variants import VARIANTS, variant
+from tiue_jax.training.chips import tpu_slice
 from tiue_jax.training.config import flatten
-from tiue_jax.training.tpu_compile import compile_step
+from tiue_jax.training.tpu_compile import PROGRAMS, advice, compile_program
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A config, as of tiue_jax.main.")
 _SHAPES = flags.DEFINE_enum("shapes", "sd15", sorted(VARIANTS), "The teacher's networks.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "KIND:SHAPE of the slice.")
+_WHAT = flags.DEFINE_enum("what", "train", sorted(PROGRAMS), "An iteration, or a batch of images.")
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 flags.mark_flags_as_required(["config"])
 
@@ -33,19 +38,32 @@ def main(argv: Sequence[str]) -> None:
     """Compile, print, write."""
     if len(argv) > 1:
         raise InputError("arguments are given as --name=value", found=" ".join(argv[1:]))
-    report = compile_step(_CONFIG.value, variant(_SHAPES.value), _TOPOLOGY.value)
-    print(f"{report.topology}: {report.chips} chips, batch {report.batch_size}, a chip:")
+    where = tpu_slice(_TOPOLOGY.value)
+    report = compile_program(_CONFIG.value, variant(_SHAPES.value), where, _WHAT.value)
+    bounds = report.bounds(where.chip)
+    limit = max(bounds, key=lambda name: bounds[name])
+    print(f"{report.topology}: {report.chips} chips, batch {report.batch_size}; on each chip:")
+    for name, size in report.parameters.items():
+        print(f"  {name:<12} {size / 1e9:9.3f} GB")
     for name in ("arguments", "outputs", "aliased", "temporaries", "peak"):
-        print(f"  {name:<12}{getattr(report, name) / 1e9:9.3f} GB")
+        print(f"  {name:<12} {getattr(report, name) / 1e9:9.3f} GB")
+    print(f"  memory       {report.memory / 1e9:9.3f} GB, {report.peak / report.memory:.0%} taken")
+    print(f"  flops        {report.flops / 1e12:9.3f} T, at least {bounds['compute']:.4f} s")
     print(
-        f"  flops       {report.flops / 1e12:9.3f} T, accessed {report.bytes_accessed / 1e9:.1f} GB"
+        f"  HBM traffic  {report.bytes_accessed / 1e9:9.3f} GB, at least {bounds['memory']:.4f} s"
+    )
+    print(
+        f"  network      {report.network_bytes / 1e9:9.3f} GB, at least {bounds['network']:.4f} s"
     )
     for kind, entry in sorted(report.collectives.items()):
-        print(f"  {kind}: {entry['count']} in the program, {entry['bytes'] / 1e6:.1f} MB")
-    print(f"  compiled in {report.seconds:.0f} s")
+        print(f"    {kind}: {entry['times']} a run, {entry['bytes'] / 1e6:.1f} MB")
+    print(f"  at least {bounds[limit]:.4f} s, bound by {limit}; compiled in {report.seconds:.0f} s")
     if _OUT.value:
-        config = {"shapes": _SHAPES.value, "config": flatten(_CONFIG.value)}
-        write_atomic(_OUT.value, json.dumps(report.to_json() | config, indent=1) + "\n")
+        told = {"shapes": _SHAPES.value, "config": flatten(_CONFIG.value), "bounds": bounds}
+        write_atomic(_OUT.value, json.dumps(report.to_json() | told, indent=1) + "\n")
+    if report.peak > report.memory:
+        helps = advice(_CONFIG.value, report.chips, _WHAT.value)
+        raise RunError(f"{report.topology}: does not fit; what would help: {helps}")
 
 
 if __name__ == "__main__":

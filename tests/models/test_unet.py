@@ -1,16 +1,19 @@
 """The halves of the UNet: features, many timesteps at once, rematerialisation, what is refused."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.ad_checkpoint import saved_residuals  # print_saved_residuals prints what it returns
 
 from tests.models.draws import drawn, normal
 from tiue_jax.models.clip import CLIPTextEncoder
 from tiue_jax.models.layers import Attention, Conv, GroupNorm
-from tiue_jax.models.unet import Features, UNet
+from tiue_jax.models.unet import REMAT_POLICIES, Features, UNet
+from tiue_jax.training.flops import traced_flops
 
 # Channels 8 and 12 on 4 groups: in up_blocks_1 x has 12, the skip 8: groups of 5, one straddles.
 UNET = UNet(
@@ -136,32 +139,55 @@ def test_a_straddling_group_depends_on_both_inputs(x_channels, skip_channels, gr
     np.testing.assert_allclose(conv.apply(kernel, *apart), conv.apply(kernel, joined), atol=5e-6)
 
 
-def test_rematerialisation_changes_nothing():
+REMAT = UNet(
+    block_out_channels=(8,),
+    layers_per_block=1,
+    cross_attention=(True,),
+    num_heads=(2,),
+    context_dim=6,
+    norm_groups=4,
+)
+
+
+def remat_loss(unet: UNet, params):
+    return jnp.mean(jnp.square(unet.apply({"params": params}, LATENTS, T_ENC, CONTEXT)))
+
+
+@pytest.mark.parametrize("policy", ["attention", "matmuls", "blocks"])
+def test_rematerialisation_changes_nothing(policy: str) -> None:
     """The same names, value and gradients; but the compiler fuses otherwise (worst seen 4e-7)."""
-    unet = UNet(
-        block_out_channels=(8,),
-        layers_per_block=1,
-        cross_attention=(False,),
-        num_heads=(2,),
-        context_dim=6,
-        norm_groups=4,
-    )
-    params = drawn(unet, LATENTS, T_ENC, CONTEXT)
+    params = drawn(REMAT, LATENTS, T_ENC, CONTEXT)
 
     def gradients(unet: UNet):
-        def loss(params):
-            return jnp.mean(jnp.square(unet.apply({"params": params}, LATENTS, T_ENC, CONTEXT)))
+        return jax.jit(jax.value_and_grad(partial(remat_loss, unet)))(params)
 
-        equations = jax.make_jaxpr(loss)(params).jaxpr.eqns
-        blocks = [e for e in equations if e.primitive.name.startswith(("remat", "checkpoint"))]
-        # Resnets: 1 down, 2 in the middle, 2 up; the middle has the one transformer.
-        assert len(blocks) == (6 if unet.remat else 0)
-        return jax.jit(jax.value_and_grad(loss))(params)
-
-    plain, remat = gradients(unet), gradients(unet.clone(remat=True))
+    plain, remat = gradients(REMAT), gradients(REMAT.clone(remat=policy))
     assert jax.tree.structure(remat) == jax.tree.structure(plain)
     for a, b in zip(jax.tree.leaves(remat), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.max(jnp.abs(b))) + 1e-6)
+
+
+def test_policies_keep_less_and_less() -> None:
+    """Bytes that the backward pass finds in memory, and products that it computes again."""
+    params = drawn(REMAT, LATENTS, T_ENC, CONTEXT)
+    kept, computed = {}, {}
+    for policy in REMAT_POLICIES:
+        loss = partial(remat_loss, REMAT.clone(remat=policy))
+        kept[policy] = sum(
+            math.prod(aval.shape) for aval, source in saved_residuals(loss, params)
+            if "argument" not in source
+        )  # fmt: skip
+        computed[policy] = traced_flops(jax.grad(loss), params)
+    print(kept, computed)
+    assert kept["blocks"] < kept["matmuls"] < kept["none"]
+    assert kept["blocks"] < kept["attention"] < kept["none"]
+    assert computed["none"] < computed["matmuls"] < computed["blocks"]
+    assert computed["none"] < computed["attention"] < computed["blocks"]
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"remat 'all': choose from \['attention', 'blocks'"):
+        REMAT.clone(remat="all").init(KEY, LATENTS, T_ENC, CONTEXT)
 
 
 def test_impossible_sizes_are_refused():

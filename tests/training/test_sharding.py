@@ -1,13 +1,17 @@
 """Where arrays lie, and that it changes no number."""
 
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tests.diffusion.test_student import COLLECTIVE
 from tests.training import small_step
-from tests.training.small_step import frozen, ids, settled, start, step
+from tests.training.small_step import OPTIONS, frozen, ids, settled, start, step
+from tiue_jax.training.hlo import collectives, totals
 from tiue_jax.training.sharding import (
     batch_sharding,
     check_batch_size,
@@ -16,62 +20,128 @@ from tiue_jax.training.sharding import (
     partition_spec,
     shard,
 )
+from tiue_jax.training.state import TrainState
+from tiue_jax.training.step import Draws, sample_draws
 
 KEY = jax.random.key(7)
-MESHES = {"1 device": (1, 1), "8 x 1": (8, 1), "2 x 4": (2, 4)}
+ITERATIONS, BATCH = 5, 16
+# name -> (data, fsdp, parts of a batch)
+MESHES = {
+    "1 device": (1, 1, 1),
+    "2": (2, 1, 1),
+    "4, in two parts": (2, 2, 2),
+    "8": (8, 1, 1),
+    "8, split": (2, 4, 1),
+}
+# Relative, of each of the five iterations. fp32 sums in another order; worst seen 8.6e-7, and
+# 1.2e-6 of the VSD loss, the square of a difference of two nearly equal networks.
+TOLERANCES = {"loss/student": 1e-6, "loss/kl": 1e-6, "loss/lora": 1e-6, "loss/vsd": 3e-6}
+LEARNING = replace(OPTIONS, student_lr=1e-4, lora_lr=1e-3)
 
 
-def run(data: int, fsdp: int, iterations: int = 2):
-    """The state and metrics after some iterations of 8 prompts; the compiled program."""
+class Run(NamedTuple):
+    """State after the last iteration, metrics of each, and the compiled program."""
+
+    state: TrainState
+    metrics: list[dict[str, float]]
+    compiled: jax.stages.Compiled
+
+
+def run(data: int, fsdp: int, accumulate: int) -> Run:
     mesh = make_mesh(data, fsdp, jax.devices()[: data * fsdp])
-    state = settled(start())
-    jitted = jit_step(step(), mesh, state, frozen())
-    state, fixed = shard(state, mesh), shard(frozen(), mesh)
-    inputs = jax.device_put(ids(8), batch_sharding(mesh))
+    options = replace(LEARNING, accumulate=accumulate)
+    state, split = settled(start(options)), accumulate == 1  # the teacher once whole, too
+    jitted = jit_step(step(options), mesh, state, frozen(), shard_teacher=split)
+    state, fixed = shard(state, mesh), shard(frozen(), mesh, split=split)
+    inputs = jax.device_put(ids(BATCH), batch_sharding(mesh))
     compiled = jitted.lower(state, fixed, inputs, KEY).compile(small_step.FAST)
-    given = state.student["conv_in"]["kernel"]
-    for _ in range(iterations):
-        state, metrics = compiled(state, fixed, inputs, KEY)
+    given, metrics = state.student["conv_in"]["kernel"], []
+    for _ in range(ITERATIONS):
+        state, told = compiled(state, fixed, inputs, KEY)
+        metrics.append({name: float(value) for name, value in told.items()})
     assert given.is_deleted(), "the state is donated"
-    return state, metrics, compiled
+    return Run(state, metrics, compiled)
 
 
 @pytest.fixture(scope="module")
-def results() -> dict:
+def results() -> dict[str, Run]:
     return {name: run(*sizes) for name, sizes in MESHES.items()}
 
 
-@pytest.mark.parametrize("name", ["8 x 1", "2 x 4"])
-def test_eight_devices_are_one(results: dict, name: str) -> None:
-    one, many = results["1 device"], results[name]
-    for key, value in one[1].items():
-        # fp32 sums in another order; worst seen 1.8e-6.
-        assert float(many[1][key]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), key
-    # A share of the learning rate; entries without a gradient but noise make whole steps, two of
-    # them at most.
-    for network, lr in (("student", 1e-2), ("ema", 1e-2), ("lora", 1e-2)):
-        difference = jax.tree.map(
-            lambda a, b: np.abs(np.asarray(a) - np.asarray(b)),
-            getattr(one[0], network),
-            getattr(many[0], network),
+@pytest.mark.parametrize("name", [name for name in MESHES if name != "1 device"])
+def test_any_number_of_devices_is_one(results: dict[str, Run], name: str) -> None:
+    """The same losses, and students that differ by a part of a learning rate.
+
+    fp32 sums in another order. Where a gradient is nothing but their rounding, Adam makes whole
+    steps of it, and there the networks may differ by twice the way they went.
+    """
+    one, other = results["1 device"], results[name]
+    for key in one.metrics[0]:
+        pairs = [(a[key], b[key]) for a, b in zip(one.metrics, other.metrics, strict=True)]
+        worst = max(abs(b - a) / abs(a) if a else abs(b) for a, b in pairs)
+        print(f"{name}: {key} {worst:.1e} apart")
+        assert worst <= TOLERANCES.get(key, 1e-5), key
+    for network, lr in (("student", 1e-4), ("ema", 1e-4), ("lora", 1e-3)):
+        leaves = zip(
+            jax.tree.leaves(getattr(one.state, network)),
+            jax.tree.leaves(getattr(other.state, network)),
+            strict=True,
         )
-        flat = np.concatenate([x.reshape(-1) for x in jax.tree.leaves(difference)])
-        assert flat.max() <= 4.1 * lr
-        assert np.mean(flat > 0.02 * lr) < 0.01
+        gaps = np.concatenate([np.abs(np.asarray(a) - np.asarray(b)).ravel() for a, b in leaves])
+        print(f"{name}: {network} {gaps.max() / lr:.1e} learning rates apart")
+        assert gaps.max() <= 2.1 * ITERATIONS * lr
+        assert np.mean(gaps > 0.01 * lr) < 0.02
 
 
-def test_large_parameters_and_their_moments_are_split(results: dict) -> None:
-    state = results["2 x 4"][0]
+def test_the_noise_is_the_same_in_every_bit() -> None:
+    def draws(mesh: Mesh) -> Draws:
+        split, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+        places = Draws(*[split] * 5, null_uniform=whole)
+        draw = jax.jit(lambda key: sample_draws(key, 3, 8, (4, 4, 4)), out_shardings=places)
+        return draw(KEY)
+
+    one = draws(make_mesh(1, 1, jax.devices()[:1]))
+    for count in (2, 4, 8):
+        many = draws(make_mesh(count, 1, jax.devices()[:count]))
+        assert len(many.noise.sharding.device_set) == count
+        assert jax.tree.all(jax.tree.map(np.array_equal, one, many))
+
+
+def test_large_parameters_and_their_moments_are_split(results: dict[str, Run]) -> None:
+    state = results["8, split"].state
     for tree in (state.student, state.ema, state.student_opt[1][0].mu):
         kernel = tree["down_blocks_0"]["resnets_0"]["conv1"]["kernel"]
         assert kernel.addressable_shards[0].data.size == kernel.size / 4
     bias = state.student["conv_in"]["bias"]
     assert bias.addressable_shards[0].data.size == bias.size
+    for tree in (state.lora, state.lora_opt[1][0].nu):
+        query = tree["mid_block"]["attentions_0"]["transformer_blocks_0"]["attn1"]["to_q"]
+        assert query["b"].addressable_shards[0].data.size == query["b"].size / 4
 
 
-def test_data_parallel_training_only_sums_gradients(results: dict) -> None:
+def test_data_parallel_training_only_sums_gradients(results: dict[str, Run]) -> None:
     """No activation and no parameter is gathered or moved: all-reduces alone."""
-    assert set(COLLECTIVE.findall(results["8 x 1"][2].as_text())) == {"all-reduce"}
+    found = totals(collectives(results["8"].compiled.as_text()))
+    print(found)
+    assert set(found) == {"all-reduce"}
+    learns = results["8"].state.student, results["8"].state.lora
+    size = sum(x.nbytes for x in jax.tree.leaves(learns))
+    assert size <= found["all-reduce"]["bytes"] <= 1.01 * size  # and a few scalars of metrics
+
+
+def test_split_training_gathers_parameters_and_sums_gradients(results: dict[str, Run]) -> None:
+    """What is gathered or summed has the shape of a parameter: no activation moves."""
+    program, state = results["8, split"].compiled, results["8, split"].state
+    found = collectives(program.as_text())
+    print(totals(found))
+    assert set(totals(found)) == {"all-gather", "all-reduce"}
+    trees = state.student, state.lora, frozen().text_encoder
+    shapes = {x.shape for x in jax.tree.leaves(trees)}
+    for one in found:
+        odd = [shape for shape in one.shapes if math.prod(shape) > 64 and shape not in shapes]
+        if one.kind == "all-reduce":  # sums of a quarter of a gradient, too
+            odd = [s for s in odd if (*s[:-1], 4 * s[-1]) not in shapes]
+        assert not odd, (one, odd)
 
 
 @pytest.mark.slow

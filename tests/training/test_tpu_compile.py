@@ -1,35 +1,172 @@
-"""What can be said of compiling for TPUs without libtpu: the refusals, and reading the HLO."""
+"""Compiling without weights: the report, what does not fit, and the TPU compiler on a small UNet.
 
+`make` puts libtpu into a folder of its own (.venv/tpu): in the environment, JAX would look for a
+TPU at every start.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
 import pytest
 
-from configs import tiny
+from configs import sd15, tiny
+from tests.conftest import ROOT
+from tests.training import small_step
 from tiue_jax.io.errors import InputError
-from tiue_jax.models.variants import variant
-from tiue_jax.training.tpu_compile import collectives, compile_step
+from tiue_jax.models.vae import AutoencoderKL
+from tiue_jax.models.variants import Variant
+from tiue_jax.training import tpu_compile
+from tiue_jax.training.chips import CHIPS, Slice, tpu_slice
+from tiue_jax.training.tpu_compile import advice, compile_program, training_program
 
-HLO = """
-  %all-gather.3 = f32[3,3,320,640]{3,2,1,0} all-gather(%p.1), channel_id=1, dimensions={2}
-  %ag-start = (bf16[8,16]{1,0}, bf16[64,16]{1,0}) all-gather-start(%p.2), channel_id=2
-  %ag-done = bf16[64,16]{1,0} all-gather-done(%ag-start)
-  %all-reduce.7 = (f32[10]{0}, f32[]) all-reduce(%a, %b), to_apply=%add
-  %x = f32[8,8]{1,0} add(%all-reduce.9, %y)
+COMPILER = Path(sys.prefix) / "tpu"
+SMALL = Variant(
+    small_step.unet(),
+    AutoencoderKL(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_groups=4),
+    small_step.text_encoder(),
+    latent_size=small_step.SIZE,
+)
+
+
+def config(**changes):
+    found = tiny.get_config()
+    found.train.batch_size = 8
+    found.lora.rank = 2
+    with found.unlocked():
+        for key, value in changes.items():
+            found.update_from_flattened_dict({key.replace("__", "."): value})
+    return found
+
+
+@pytest.mark.parametrize("name", ["v99:3x5", "v5e:3x5", "v5e", "v4:2x2"])
+def test_a_slice_that_is_none_lists_those_there_are(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        tpu_slice(name)
+    text = str(caught.value)
+    assert text.startswith("[--topology]: no such slice, expected v4:{2x2x1,")
+    assert "v5e:{1x1,2x2,2x4,4x4" in text and text.endswith(f"found {name}")
+
+
+def test_without_the_compiler_it_says_what_to_install() -> None:
+    done = run("--topology=v5e:2x4", path=str(ROOT))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: [--topology]: the TPU compiler does not start: "
+    )
+    assert 'pip install "jax[tpu]"' in done.stderr
+
+
+def test_what_cannot_be_compiled_is_refused() -> None:
+    devices = jax.devices()
+    with pytest.raises(InputError, match=r"\[clip.tau\]: the CLIP term is not compiled"):
+        training_program(config(clip__tau=0.35), SMALL, devices)
+    with pytest.raises(InputError, match=r"\[train.batch_size\]: batch size 12: expected a pos"):
+        training_program(config(train__batch_size=12), SMALL, devices)
+    with pytest.raises(InputError, match=r"\[train.batch_size\]: .*8 devices times train.accumul"):
+        training_program(config(train__accumulate=2), SMALL, devices)
+    with pytest.raises(InputError, match=r"\[mesh\]: mesh data -1 x fsdp 3: expected 8 devices"):
+        training_program(config(mesh__fsdp=3), SMALL, devices)
+
+
+@pytest.mark.parametrize("what", ["train", "sample"])
+def test_report_of_a_small_program(what: str) -> None:
+    """Everything but the TPU's own compiler: on eight CPU devices."""
+    where = Slice("cpu:8", CHIPS["v5e"], jax.devices())
+    report = compile_program(config(mesh__fsdp=4), SMALL, where, what)
+    told = json.loads(json.dumps(report.to_json()))
+    assert (told["chips"], told["batch_size"], told["what"]) == (8, 8, what)
+    assert report.peak == (report.arguments + report.outputs - report.aliased + report.temporaries)
+    assert sum(report.parameters.values()) == pytest.approx(report.arguments, rel=0.01)
+    bounds = report.bounds(CHIPS["v5e"])
+    assert bounds["compute"] == report.flops / 197e12
+    assert all(bounds[name] > 0 for name in ("compute", "memory"))
+    if what == "train":
+        assert report.aliased >= 0.99 * report.parameters["state"]  # it is donated
+        assert bounds["network"] > 0
+        assert {"all-gather", "all-reduce"} <= set(report.collectives)
+    else:
+        assert not report.collectives and bounds["network"] == 0
+
+
+def test_what_does_not_fit_says_what_would_help() -> None:
+    where = Slice("v5e:2x4", CHIPS["v5e"], list(range(8)))
+    big = sd15.get_config()
+    big.mesh.fsdp = 2
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 26.29G of 15.75G hbm. Exceeded hbm capacity by 10.54G."
+    )
+    assert tpu_compile._refusal(message, big, where, "train") == (
+        "v5e:2x4: does not fit: it takes 26.29 GiB of 15.75 GiB a chip; what would help: "
+        "--config.mesh.fsdp=8, --config.train.accumulate=2, --config.train.batch_size=32"
+    )
+    big.train.remat, big.train.teacher_dtype, big.mesh.shard_teacher = "none", "float32", False
+    assert advice(big, 8, "train").startswith(
+        "--config.train.remat=blocks, --config.mesh.fsdp=8, --config.mesh.shard_teacher=True, "
+        "--config.train.teacher_dtype=bfloat16, --config.train.accumulate=2"
+    )
+    assert "batch_size below 64" in advice(big, 8, "sample")
+    big.train.batch_size = 8
+    assert "accumulate" not in advice(big, 8, "train")
+    assert "does not compile: INTERNAL: no" in tpu_compile._refusal(
+        "INTERNAL:  no", big, where, "train"
+    )
+
+
+def run(*flags: str, path: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-m", "tiue_jax.compile", f"--config={ROOT}/configs/tiny.py", *flags],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+SMALL_TPU = """
+import json
+from tests.training.test_tpu_compile import SMALL, config
+from tiue_jax.training.chips import tpu_slice
+from tiue_jax.training.tpu_compile import compile_program
+import sys
+report = compile_program(config(mesh__fsdp=4, train__compute_dtype="bfloat16"), SMALL,
+                         tpu_slice("v5e:2x2"), sys.argv[1])
+print(json.dumps(report.to_json()))
 """
 
 
-def test_collectives_are_counted_with_their_bytes() -> None:
-    assert collectives(HLO) == {
-        "all-gather": {"count": 2, "bytes": 4 * 3 * 3 * 320 * 640 + 2 * 64 * 16},
-        "all-reduce": {"count": 1, "bytes": 44},
-    }
+@pytest.mark.parametrize("what", ["sample", pytest.param("train", marks=pytest.mark.slow)])
+def test_the_tpu_compiler_takes_it(what: str) -> None:
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{COMPILER}", "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_TPU, what],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    print(f"compiled in {told['seconds']:.0f} s by {told['compiler']}")
+    assert (told["topology"], told["chips"]) == ("v5e:2x2", 4)
+    assert 0 < told["arguments"] < told["peak"] < 1e9
+    if what == "sample":
+        assert not told["collectives"]
+        return
+    assert told["aliased"] >= 0.9 * told["parameters"]["state"]
+    kinds = {"all-gather", "all-reduce", "reduce-scatter", "collective-permute"}
+    assert set(told["collectives"]) <= kinds
 
 
-def test_a_topology_that_is_none_is_refused() -> None:
-    with pytest.raises(InputError, match=r"\[--topology\]: cannot be compiled for"):
-        compile_step(tiny.get_config(), variant("tiny"), "v99:3x5")
-
-
-def test_a_clip_term_is_refused() -> None:
-    config = tiny.get_config()
-    config.clip.tau = 0.35
-    with pytest.raises(InputError, match=r"\[clip.tau\]: the CLIP term is not compiled"):
-        compile_step(config, variant("tiny"), "v5e:2x4")
+@pytest.mark.slow
+def test_the_command_for_the_embedded_teacher(tmp_path) -> None:
+    out = tmp_path / "report.json"
+    done = run(
+        "--shapes=tiny", "--topology=v5e:2x2", "--config.train.batch_size=16", f"--out={out}",
+        path=f"{ROOT}:{COMPILER}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "v5e:2x2: 4 chips, batch 16; on each chip:" in done.stdout
+    assert json.loads(out.read_text())["chips"] == 4

@@ -90,7 +90,7 @@ def make_config(teacher: Path, prompts: Path) -> ConfigDict:
     config.train.student_lr = 1e-4
     config.train.ema_max_decay = 0.9
     config.train.compute_dtype = "float32"
-    config.train.remat = False
+    config.train.remat = "none"
     config.mesh.data = 1
     config.log.every = 1
     config.log.summary_every = 10

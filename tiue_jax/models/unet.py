@@ -4,9 +4,11 @@ A teacher is the call (both halves at one timestep). A TiUE student is `encode` 
 at K timesteps: the same module, the same parameters.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
@@ -22,6 +24,25 @@ from tiue_jax.models.layers import (
     guidance_embedding,
     timestep_embedding,
 )
+
+
+def _is_matmul(primitive: Any, *shapes: Any, **parameters: Any) -> bool:
+    """Whether this is a convolution or a projection: a product with weights, not q k or w v."""
+    is_projection = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive.name == "conv_general_dilated" or bool(
+        is_projection(primitive, *shapes, **parameters)
+    )
+
+
+# name -> (for ResnetBlock, for Transformer2D): what the backward pass finds in memory of a block
+# that is computed again; None: the block is not computed again.
+_KEEP_NOTHING = jax.checkpoint_policies.nothing_saveable
+REMAT_POLICIES: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any] | None]] = {
+    "none": (None, None),
+    "attention": (None, _KEEP_NOTHING),
+    "matmuls": (_is_matmul, _is_matmul),
+    "blocks": (_KEEP_NOTHING, _KEEP_NOTHING),
+}
 
 
 class Features(NamedTuple):
@@ -43,17 +64,19 @@ class BlockOptions(NamedTuple):
     norm_groups: int
     norm_eps: float
     upcast_attention: bool
-    remat: bool
+    remat: str
     dtype: DTypeLike
 
     def resnet(self, features: int) -> ResnetBlock:
-        """A ResnetBlock, rematerialised in the backward pass if `remat`."""
-        block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
+        """A ResnetBlock, computed again in the backward pass as `remat` says."""
+        policy = REMAT_POLICIES[self.remat][0]
+        block = nn.remat(ResnetBlock, policy=policy) if policy else ResnetBlock
         return block(features, self.norm_groups, self.norm_eps, self.dtype)
 
     def attention(self, num_heads: int) -> Transformer2D:
-        """A Transformer2D, rematerialised in the backward pass if `remat`."""
-        block = nn.remat(Transformer2D) if self.remat else Transformer2D
+        """A Transformer2D, computed again in the backward pass as `remat` says."""
+        policy = REMAT_POLICIES[self.remat][1]
+        block = nn.remat(Transformer2D, policy=policy) if policy else Transformer2D
         return block(
             num_heads, self.linear_projection, self.norm_groups, self.upcast_attention, self.dtype
         )
@@ -153,7 +176,9 @@ class UNet(nn.Module):
         upcast_attention: queries and keys in fp32 (SD 2.1).
         time_cond_dim: width of the embedding of the guidance scale, which the UNet then takes as an
             input (LCM: 256); even, at least 4. None: an ordinary UNet.
-        remat: rematerialise every ResnetBlock and Transformer2D in the backward pass.
+        remat: what the backward pass computes again, for less memory; a name of REMAT_POLICIES.
+            "none": nothing. "attention": every Transformer2D. "matmuls": all but the results of
+            convolutions and projections. "blocks": every ResnetBlock and Transformer2D whole.
         dtype: compute dtype; the output is in it too.
     """
 
@@ -169,11 +194,13 @@ class UNet(nn.Module):
     norm_eps: float = 1e-5
     upcast_attention: bool = False
     time_cond_dim: int | None = None
-    remat: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         channels, last = self.block_out_channels, len(self.block_out_channels) - 1
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat {self.remat!r}: choose from {sorted(REMAT_POLICIES)}")
         options = BlockOptions(
             self.linear_projection,
             self.norm_groups,

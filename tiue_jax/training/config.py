@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from tiue_jax.diffusion.schedule import TIMESTEP_SPACINGS
 from tiue_jax.io.errors import InputError
+from tiue_jax.models.unet import REMAT_POLICIES
 from tiue_jax.training.options import StepOptions
 
 _INFINITY = math.inf
@@ -45,16 +46,20 @@ _RANGES: dict[str, tuple[float, float]] = {
     "train.clip_grad_norm": (1e-30, _INFINITY),
     "train.null_prompt_prob": (0, 1),
     "train.ema_max_decay": (0, 1 - 1e-9),
+    "train.accumulate": (1, _INFINITY),
     "mesh.data": (-1, _INFINITY),
     "mesh.fsdp": (-1, _INFINITY),
     "log.every": (1, _INFINITY),
     "log.summary_every": (0, _INFINITY),
+    "log.stuck_after": (0, _INFINITY),
     "checkpoint.every": (1, _INFINITY),
     "checkpoint.keep": (1, _INFINITY),
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "student.timestep_spacing": TIMESTEP_SPACINGS,
     "train.compute_dtype": ("float32", "bfloat16"),
+    "train.teacher_dtype": ("float32", "bfloat16"),
+    "train.remat": tuple(REMAT_POLICIES),
 }
 _TEXTS = {
     "teacher": "the folder of a Stable Diffusion",
@@ -68,7 +73,7 @@ _OTHERS = (
     "data.deduplicate",
     "student.start",
     "clip.source_faithful",
-    "train.remat",
+    "mesh.shard_teacher",
 )
 
 # What a resumed run may change: how long it runs, where it is computed, what it shows. Teacher and
@@ -84,6 +89,7 @@ _MAY_CHANGE = (
     "data.deduplicate",
     "train.iterations",
     "train.remat",
+    "train.accumulate",
     "mesh.",
     "log.",
     "checkpoint.",
@@ -160,6 +166,7 @@ def step_options(config: ConfigDict, latent_size: int, num_prompts: int = 1) -> 
             student_every=config.train.student_every,
             null_prompt_prob=config.train.null_prompt_prob,
             ema_max_decay=config.train.ema_max_decay,
+            accumulate=config.train.accumulate,
         )
     except ValueError as error:
         raise InputError(str(error), key="config") from error

@@ -45,6 +45,8 @@ class StepOptions:
             of them, so that it can follow (arXiv 2405.14867 calls it two time scales).
         null_prompt_prob: probability that the LoRA loss takes the null prompt for the whole batch.
         ema_max_decay: upper bound of the moving average's decay (1 + n) / (10 + n).
+        accumulate: parts that a batch is computed in, one after the other, for less memory. Draws,
+            losses and gradients are the same; but the CLIP term's hinge is that of every part.
 
     Raises:
         ValueError: on values out of range.
@@ -77,6 +79,7 @@ class StepOptions:
     student_every: int = 1
     null_prompt_prob: Number = 0.1
     ema_max_decay: float = 0.9999
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.vsd_t_min <= self.vsd_t_max:
@@ -95,8 +98,9 @@ class StepOptions:
                 raise ValueError(f"{name} {value}: expected more than 0")
         if self.lora_warmup < 0:
             raise ValueError(f"lora_warmup {self.lora_warmup}: expected at least 0")
-        if self.student_every < 1:
-            raise ValueError(f"student_every {self.student_every}: expected at least 1")
+        for name in ("student_every", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
 
     @property
     def guidance_scales(self) -> tuple[Number, Number]:

@@ -33,6 +33,7 @@ from tiue_jax.models.clip import CLIPTextEncoder
 from tiue_jax.models.lora import merge_lora
 from tiue_jax.models.unet import UNet
 from tiue_jax.training.options import StepOptions
+from tiue_jax.training.sharding import gather, spread
 from tiue_jax.training.state import Frozen, TrainState, ema_decay, update_ema
 
 Metrics = dict[str, Array]
@@ -50,6 +51,7 @@ class Draws:
         vsd_noise, vsd_t: of the VSD term's x_t.
         lora_noise, lora_t: of the LoRA loss's x_t.
         null_uniform: below null_prompt_prob, the LoRA loss takes the null prompt for the batch.
+            None where the others are meant alone, with their axis of examples.
     """
 
     noise: Float[Array, "b h w c"]
@@ -57,7 +59,7 @@ class Draws:
     vsd_t: Int[Array, " b"]
     lora_noise: Float[Array, "b h w c"]
     lora_t: Int[Array, " b"]
-    null_uniform: Float[Array, ""]
+    null_uniform: Float[Array, ""] | None
 
 
 def sample_draws(
@@ -139,18 +141,20 @@ def make_step(
     latent_shape = (options.latent_size, options.latent_size, unet.in_channels)
 
     def student(params: Mapping, draws: Draws, context: Array) -> tuple[Array, Array]:
+        params = gather(params, unet.dtype)
         x0, outputs = student_forward(unet, params, draws.noise, context, timesteps, t_enc, S, E)
         return x0, predicted_noise(schedule, timesteps, draws.noise, outputs)
 
     def score_gradient(
         x0: Array, draws: Draws, state: TrainState, frozen: Frozen, context: Array, null: Array
     ) -> Array:
+        teacher, lora = gather((frozen.teacher, state.lora), unet.dtype)
         x_t = schedule.add_noise(x0, draws.vsd_noise, draws.vsd_t)
         _, sigma = schedule.coefficients(draws.vsd_t, x0.ndim)
 
         def guided(scales: tuple[Array, Array]) -> Array:
             lora_scale, guidance_scale = scales
-            params = merge_lora(frozen.teacher, state.lora, lora_scale)
+            params = merge_lora(teacher, lora, lora_scale)
             output = guided_output(unet, params, x_t, draws.vsd_t, context, null, guidance_scale)
             return schedule.to_eps(output, x_t, draws.vsd_t)
 
@@ -165,8 +169,8 @@ def make_step(
     ) -> tuple[Array | float, Metrics]:
         if options.clip_tau == 0 or text_image is None:
             return 0.0, {}
-        assert frozen.taesd is not None and frozen.clip is not None
-        loss = text_image.loss(frozen.taesd, frozen.clip, x0, input_ids, options.clip_tau)
+        taesd, clip = gather((frozen.taesd, frozen.clip), unet.dtype)
+        loss = text_image.loss(taesd, clip, x0, input_ids, options.clip_tau)
         weight = options.clip_weight * jnp.maximum(1.0 - state.step / options.clip_iterations, 0.0)
         return weight * loss, {"loss/clip": loss, "clip/weight": weight}
 
@@ -178,28 +182,33 @@ def make_step(
         context: Array,
         null: Array,
     ) -> tuple[TrainState, Array, Metrics, Mapping]:
-        def loss(params: Mapping) -> tuple[Array, tuple[Array, Metrics]]:
+        kl_weight = options.kl_weight(len(input_ids)) * options.accumulate  # of a part's sum
+
+        def loss(params: Mapping, part: tuple) -> tuple[Array, tuple[Array, Metrics]]:
+            draws, input_ids, context, null = part
             x0, eps = student(params, draws, context)
             fixed = jax.lax.stop_gradient(x0)
             gradient = score_gradient(fixed, draws, state, frozen, context, null)
             vsd = losses.vsd_loss(x0, gradient)
-            kl = options.kl_weight(len(x0)) * losses.kl_loss(eps)
-            clip, clip_parts = clip_term(x0, state, frozen, input_ids)
+            kl = kl_weight * losses.kl_loss(eps)
+            clip, clip_terms = clip_term(x0, state, frozen, input_ids)
             total = vsd + kl + clip
-            parts = clip_parts | {
+            terms = clip_terms | {
                 "loss/student": total,
                 "loss/vsd": vsd,
                 "loss/kl": kl,
-                "vsd/gradient_rms": jnp.sqrt(jnp.mean(jnp.square(gradient))),
-                "latents/std": jnp.std(x0),
+                "vsd/gradient_rms": jnp.mean(jnp.square(gradient)),  # its root is taken below
             }
-            return total, (x0, parts)
+            return total, (x0, terms)
 
-        grads, (x0, metrics) = jax.grad(loss, has_aux=True)(state.student)
+        batch = replace(draws, null_uniform=None), input_ids, context, null
+        grads, x0, metrics = mean_gradient(loss, state.student, batch, options.accumulate)
         updates, opt = student_optimizer.update(grads, state.student_opt, state.student)
         params: Any = optax.apply_updates(state.student, updates)
         decay = ema_decay(options.student_updates(state.step + 1), options.ema_max_decay)
         metrics |= {
+            "vsd/gradient_rms": jnp.sqrt(metrics["vsd/gradient_rms"]),
+            "latents/std": jnp.std(x0),
             "grad_norm/student": optax.tree.norm(grads),
             "update_norm/student": optax.tree.norm(updates),
             "ema/decay": decay,
@@ -211,20 +220,24 @@ def make_step(
     def update_lora(
         state: TrainState, frozen: Frozen, draws: Draws, x0: Array, context: Array, null: Array
     ) -> tuple[TrainState, Metrics, Mapping]:
+        assert draws.null_uniform is not None
         context = jnp.where(draws.null_uniform < options.null_prompt_prob, null, context)
         x_t = schedule.add_noise(x0, draws.lora_noise, draws.lora_t)
         alpha, _ = schedule.coefficients(draws.lora_t, x0.ndim)
 
-        def loss(lora: Mapping) -> Array:
-            params = merge_lora(frozen.teacher, lora, options.lora_scale)
-            output = unet.apply({"params": params}, x_t, draws.lora_t, context)
-            eps = schedule.to_eps(output.astype(jnp.float32), x_t, draws.lora_t)
-            return losses.lora_loss(eps, draws.lora_noise, alpha)
+        def loss(lora: Mapping, part: tuple) -> tuple[Array, tuple[None, Metrics]]:
+            x_t, t, noise, alpha, context = part
+            teacher, lora = gather((frozen.teacher, lora), unet.dtype)
+            params = merge_lora(teacher, lora, options.lora_scale)
+            output = unet.apply({"params": params}, x_t, t, context)
+            eps = schedule.to_eps(output.astype(jnp.float32), x_t, t)
+            value = losses.lora_loss(eps, noise, alpha)
+            return value, (None, {"loss/lora": value})
 
-        value, grads = jax.value_and_grad(loss)(state.lora)
+        batch = x_t, draws.lora_t, draws.lora_noise, alpha, context
+        grads, _, metrics = mean_gradient(loss, state.lora, batch, options.accumulate)
         updates, opt = lora_optimizer.update(grads, state.lora_opt, state.lora)
-        metrics = {
-            "loss/lora": value,
+        metrics |= {
             "grad_norm/lora": optax.tree.norm(grads),
             "update_norm/lora": optax.tree.norm(updates),
         }
@@ -247,6 +260,7 @@ def make_step(
                 vsd_t_range=(options.vsd_t_min, options.vsd_t_max),
                 num_train_timesteps=schedule.num_train_timesteps,
             )
+        draws = replace(spread(replace(draws, null_uniform=None)), null_uniform=draws.null_uniform)
         context, null = encode_prompts(text_encoder, frozen, input_ids)
         metrics: Metrics = {}
         student_grads: Mapping = {}
@@ -266,13 +280,47 @@ def make_step(
     return step
 
 
+def mean_gradient(
+    loss: Callable[[Any, Any], tuple[Array, tuple[Any, Metrics]]],
+    params: Mapping,
+    batch: Any,
+    parts: int,
+) -> tuple[Mapping, Any, Metrics]:
+    """The gradient of a batch's mean loss, of the batch as a whole or of parts in turn.
+
+    Args:
+        loss: (params, examples) -> (mean over the examples, (results of each, means over them)).
+        batch: a tree of arrays [b ...].
+        parts: how many; b divides by it.
+    Returns:
+        The gradient, each example's results in the batch's order, and the means.
+    """
+    gradient = jax.grad(loss, has_aux=True)
+    if parts == 1:
+        grads, (each, means) = gradient(params, batch)
+        return grads, each, means
+
+    def add(total: Mapping, part: Any) -> tuple[Mapping, Any]:
+        grads, results = gradient(params, part)
+        return jax.tree.map(jnp.add, total, grads), results
+
+    # Every parts-th example: so each part of a batch that is split over devices is on all of them.
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    total, (each, means) = jax.lax.scan(add, zeros, split)
+    grads = jax.tree.map(lambda g: g / parts, total)
+    each = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), each)
+    return grads, each, jax.tree.map(lambda x: jnp.mean(x, 0), means)
+
+
 def encode_prompts(
     text_encoder: CLIPTextEncoder, frozen: Frozen, input_ids: Int[Array, "b n"]
 ) -> tuple[Float[Array, "b n d"], Float[Array, "b n d"]]:
     """The context of every prompt, and of the null prompt repeated; fp32, no gradient."""
+    params = gather(frozen.text_encoder, text_encoder.dtype)
 
     def encode(ids: Array) -> Array:
-        context = text_encoder.apply({"params": frozen.text_encoder}, ids)
+        context = text_encoder.apply({"params": params}, ids)
         return jax.lax.stop_gradient(context.astype(jnp.float32))
 
     context = encode(input_ids)

@@ -1,56 +1,75 @@
-"""The training step, compiled for TPUs that are not there: does it fit, and what does it send?
+"""Programs compiled for TPUs that are not there: do they fit, what do they compute, move and send?
 
-libtpu holds the TPU compiler, which needs no TPU: `pip install libtpu`. Its figures are the
-compiler's, not a run's.
+libtpu holds the TPU compiler, which needs no TPU. Memory, bytes and collectives are the compiler's
+figures; operations are counted from the traced program; nothing was run.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
+import numpy as np
 from ml_collections import ConfigDict
 
+from tiue_jax.diffusion.ddim import closed_form
+from tiue_jax.diffusion.images import decode_images
 from tiue_jax.diffusion.schedule import make_schedule
+from tiue_jax.diffusion.student import student_forward
 from tiue_jax.io.errors import InputError, RunError
 from tiue_jax.models.variants import Variant
 from tiue_jax.training import sharding
+from tiue_jax.training.chips import Chip, Slice
 from tiue_jax.training.config import check_config, step_options
+from tiue_jax.training.flops import traced_flops
+from tiue_jax.training.hlo import collectives, loop_share, moved_bytes, totals
 from tiue_jax.training.setup import blame
 from tiue_jax.training.state import Frozen, init_state
 from tiue_jax.training.step import make_step
 
-_COLLECTIVE = re.compile(
-    r"= (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
-)
-_ARRAY = re.compile(r"\b(pred|[a-z]+?(\d+))(?:\w*)\[([\d,]*)\]")
+_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+
+
+class Program(NamedTuple):
+    """A jitted function with the shapes it is called with; what of them lies where."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    placements: dict[str, sharding.Placement]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler says of one program on one chip.
+    """What is known of one program on one chip of a slice.
 
     Attributes:
         topology, chips: what it was compiled for.
+        what: "train" or "sample".
         batch_size: of all chips.
+        memory: bytes of a chip.
+        parameters: tree -> bytes of it that a chip holds.
         arguments, outputs, aliased, temporaries, peak: bytes a chip; `aliased` are outputs in the
             place of donated arguments; `peak` is arguments + outputs - aliased + temporaries.
-        flops, bytes_accessed: of one chip in one iteration.
-        collectives: kind -> {"count", "bytes"} of what they give out, a chip.
+        flops: of one chip's share of the products and convolutions, recomputation included.
+        bytes_accessed: between HBM and one chip, loops counted.
+        collectives: kind -> {"count": in the text, "times": run, "bytes": given out}, one chip.
+        network_bytes: that one chip sends, for rings.
         seconds: the compilation took.
+        jax, compiler: versions.
     """
 
     topology: str
     chips: int
+    what: str
     batch_size: int
+    memory: int
+    parameters: dict[str, int]
     arguments: int
     outputs: int
     aliased: int
@@ -59,117 +78,200 @@ class Report:
     flops: float
     bytes_accessed: float
     collectives: dict[str, dict[str, int]]
+    network_bytes: float
     seconds: float
+    jax: str
+    compiler: str
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""
         return asdict(self)
 
-
-def tpu_devices(topology: str) -> list[Any]:
-    """Return the chips of a topology such as "v5e:2x4", as the compiler knows them.
-
-    Raises:
-        InputError: libtpu is not installed, or knows no such topology.
-    """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    except Exception as error:  # of several classes, by what is wrong and by version
-        expected = 'libtpu installed (pip install "jax[tpu]"), and "v5e:2x4", "v4:2x2x4", "v6e:4x4"'
-        raise InputError(
-            f"cannot be compiled for: {error}",
-            key="--topology",
-            expected=expected,
-            found=topology,
-        ) from error
-    return list(found.devices)
+    def bounds(self, chip: Chip) -> dict[str, float]:
+        """Return the seconds that one run takes at least, by what limits it."""
+        return {
+            "compute": self.flops / chip.flops,
+            "memory": self.bytes_accessed / chip.bandwidth,
+            "network": self.network_bytes / chip.network,
+        }
 
 
-def compile_step(config: ConfigDict, shapes: Variant, topology: str) -> Report:
-    """Compile the whole training iteration of `config` for a TPU slice. No weights are needed.
+def training_program(config: ConfigDict, shapes: Variant, devices: list[Any]) -> Program:
+    """Return the whole training iteration of `config`. No weights are needed.
 
     Args:
         shapes: the teacher's networks.
-        topology: KIND:SHAPE.
+        devices: of the slice, or any others.
 
     Raises:
-        InputError: the config or the topology is not usable.
-        RunError: it does not compile; on TPUs mostly because it does not fit.
+        InputError: the config is not usable on so many devices.
     """
     check_config(config)
     if config.clip.tau > 0:
         raise InputError("the CLIP term is not compiled for TPUs yet: 0", key="clip.tau")
-    devices = tpu_devices(topology)
     with blame("mesh"):
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     with blame("train.batch_size"):
-        sharding.check_batch_size(config.train.batch_size, mesh)
+        sharding.check_batch_size(config.train.batch_size, mesh, config.train.accumulate)
     dtype = jnp.dtype(config.train.compute_dtype)
     unet = shapes.unet.clone(dtype=dtype, remat=config.train.remat)
     text_encoder = shapes.text_encoder.clone(dtype=dtype)
     options = step_options(config, shapes.latent_size)
-    size, length = shapes.latent_size, text_encoder.max_length
     key = jax.eval_shape(lambda: jax.random.key(0))
-
-    def init_frozen(key: Any) -> Frozen:
-        x, t = jnp.zeros((1, size, size, unet.in_channels)), jnp.zeros((1,), jnp.int32)
-        context = jnp.zeros((1, length, unet.context_dim))
-        return Frozen(
-            teacher=unet.init(key, x, t, context)["params"],
-            text_encoder=text_encoder.init(key, jnp.zeros((1, length), jnp.int32))["params"],
-            null_ids=jnp.zeros((length,), jnp.int32),
-        )
-
-    frozen = jax.eval_shape(init_frozen, key)
-    schedule = make_schedule(prediction_type=shapes.prediction_type)
+    params = _param_shapes(shapes)
     with blame("lora"):
-        state = jax.eval_shape(lambda k, p: init_state(k, p, options), key, frozen.teacher)
+        state = jax.eval_shape(lambda k, p: init_state(k, p, options), key, params["unet"])
+    kept_in = jnp.dtype(config.train.teacher_dtype)
+    length = text_encoder.max_length
+    frozen = Frozen(
+        teacher=_cast(params["unet"], kept_in),
+        text_encoder=_cast(params["text_encoder"], kept_in),
+        null_ids=jax.eval_shape(lambda: jnp.zeros((length,), jnp.int32)),
+    )
+    schedule = make_schedule(prediction_type=shapes.prediction_type)
     with blame("student"):
         step = make_step(unet, text_encoder, schedule, options)
     ids = jax.ShapeDtypeStruct((config.train.batch_size, length), jnp.int32)
+    split = config.mesh.shard_teacher
+    whole = sharding.make_mesh(1, 1, devices[:1])
+    return Program(
+        sharding.jit_step(step, mesh, state, frozen, shard_teacher=split),
+        (state, frozen, ids, key),
+        {
+            "state": sharding.placement(state, mesh),
+            "teacher": sharding.placement(frozen, mesh if split else whole),
+        },
+    )
+
+
+def sampling_program(config: ConfigDict, shapes: Variant, devices: list[Any]) -> Program:
+    """Return the making of `train.batch_size` images in one pass: text encoder, student, VAE.
+
+    Every chip holds the whole student, in the compute dtype, and makes its part of the images.
+
+    Raises:
+        InputError: the config is not usable on so many devices.
+    """
+    check_config(config)
+    dtype = jnp.dtype(config.train.compute_dtype)
+    unet, vae, text = (network.clone(dtype=dtype) for network in shapes[:3])
+    schedule = make_schedule(prediction_type=shapes.prediction_type)
+    options = step_options(config, shapes.latent_size)
+    with blame("student"):
+        timesteps = np.asarray(options.student_timesteps(schedule), np.int32)
+    S, E = closed_form(schedule, timesteps)
+    mesh = sharding.make_mesh(-1, 1, devices)
+    with blame("train.batch_size"):
+        sharding.check_batch_size(config.train.batch_size, mesh)
+
+    def images(params: Any, ids: Any, noise: Any) -> Any:
+        context = text.apply({"params": params["text_encoder"]}, ids)
+        x0, _ = student_forward(unet, params["unet"], noise, context, timesteps, timesteps[0], S, E)
+        return decode_images(vae, params["vae"], x0)
+
+    count, side = config.train.batch_size, shapes.latent_size
+    params = _cast(_param_shapes(shapes), dtype)
+    ids = jax.ShapeDtypeStruct((count, text.max_length), jnp.int32)
+    noise = jax.ShapeDtypeStruct((count, side, side, unet.in_channels), jnp.float32)
+    everywhere = sharding.shardings(params, mesh, split=False)
+    split = sharding.batch_sharding(mesh)
+    jitted = jax.jit(images, in_shardings=(everywhere, split, split), out_shardings=split)
+    return Program(jitted, (params, ids, noise), {"parameters": sharding.placement(params, mesh)})
+
+
+PROGRAMS = {"train": training_program, "sample": sampling_program}
+
+
+def compile_program(config: ConfigDict, shapes: Variant, where: Slice, what: str) -> Report:
+    """Compile `PROGRAMS[what]` for a slice.
+
+    Raises:
+        InputError: the config is not usable on this slice.
+        RunError: it does not fit a chip's memory (and what would help), or does not compile.
+    """
+    program = PROGRAMS[what](config, shapes, where.devices)
+    lowered = program.function.lower(*program.arguments)
     began = time.monotonic()
     try:
-        lowered = sharding.jit_step(step, mesh, state, frozen).lower(state, frozen, ids, key)
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        raise RunError(f"{topology}: does not compile: {str(error)[:400]}") from error
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    text = compiled.as_text()
+        raise RunError(_refusal(str(error), config, where, what)) from error
+    seconds = time.monotonic() - began
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     assert memory is not None and isinstance(cost, Mapping) and text is not None
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
     aliased, temporaries = memory.alias_size_in_bytes, memory.temp_size_in_bytes
+    found = collectives(text)
+    flops = traced_flops(program.function, *program.arguments)
     return Report(
-        topology=topology,
-        chips=len(devices),
+        topology=where.topology,
+        chips=len(where.devices),
+        what=what,
         batch_size=config.train.batch_size,
+        memory=where.chip.memory,
+        parameters={name: placed.per_device for name, placed in program.placements.items()},
         arguments=arguments,
         outputs=outputs,
         aliased=aliased,
         temporaries=temporaries,
         peak=arguments + outputs - aliased + temporaries,
-        flops=float(cost.get("flops", 0.0)),
-        bytes_accessed=float(cost.get("bytes accessed", 0.0)),
-        collectives=collectives(text),
-        seconds=time.monotonic() - began,
+        flops=flops / len(where.devices),
+        bytes_accessed=float(cost.get("bytes accessed", math.nan)) * loop_share(text),
+        collectives=totals(found),
+        network_bytes=moved_bytes(found),
+        seconds=seconds,
+        jax=jax.__version__,
+        compiler=where.devices[0].client.platform_version.splitlines()[0],
     )
 
 
-def collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """Count the collectives in a program's HLO text, and the bytes that they give out.
+def advice(config: ConfigDict, chips: int, what: str) -> str:
+    """Say which options would make a program smaller, the cheapest first."""
+    if what == "sample":
+        return f"--config.train.batch_size below {config.train.batch_size}, or a larger --topology"
+    found = []
+    if config.train.remat != "blocks":
+        found.append("--config.train.remat=blocks")
+    if 0 < config.mesh.fsdp < min(chips, 8):
+        found.append(f"--config.mesh.fsdp={min(chips, 8)}")
+    if not config.mesh.shard_teacher:
+        found.append("--config.mesh.shard_teacher=True")
+    if config.train.teacher_dtype != "bfloat16":
+        found.append("--config.train.teacher_dtype=bfloat16")
+    per_chip = config.train.batch_size // (chips * config.train.accumulate)
+    if per_chip > 1:
+        found.append(f"--config.train.accumulate={config.train.accumulate * 2}")
+        found.append(f"--config.train.batch_size={config.train.batch_size // 2}")
+    return ", ".join(found) or "a larger --topology"
 
-    A collective within a loop is counted once.
-    """
-    found: dict[str, dict[str, int]] = {}
-    for result, kind, start in _COLLECTIVE.findall(hlo):
-        arrays = _ARRAY.findall(result)
-        if start and kind in ("all-gather", "collective-permute"):  # (operands, results, ...)
-            arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]
-        size = 0
-        for dtype, bits, shape in arrays:
-            count = math.prod(int(side) for side in shape.split(",") if side)
-            size += count * (1 if dtype == "pred" else int(bits) // 8)
-        entry = found.setdefault(kind, {"count": 0, "bytes": 0})
-        entry["count"] += 1
-        entry["bytes"] += size
-    return found
+
+def _refusal(error: str, config: ConfigDict, where: Slice, what: str) -> str:
+    """Say in a line why a program does not compile."""
+    size = _TOO_LARGE.search(error)
+    if size is None and "RESOURCE_EXHAUSTED" not in error:
+        return f"{where.topology}: does not compile: {' '.join(error.split())[:400]}"
+    told = f": it takes {size[1]} {size[2]}iB of {size[3]} {size[4]}iB a chip" if size else ""
+    help_ = advice(config, len(where.devices), what)
+    return f"{where.topology}: does not fit{told}; what would help: {help_}"
+
+
+def _param_shapes(shapes: Variant) -> dict[str, Any]:
+    """Return the shapes of all three networks' parameters, fp32."""
+    size, length = shapes.latent_size, shapes.text_encoder.max_length
+
+    def init(key: Any) -> dict[str, Any]:
+        x, t = jnp.zeros((1, size, size, shapes.unet.in_channels)), jnp.zeros((1,), jnp.int32)
+        context = jnp.zeros((1, length, shapes.unet.context_dim))
+        pixels = jnp.zeros((1, 8 * size, 8 * size, shapes.vae.in_channels))
+        ids = jnp.zeros((1, length), jnp.int32)
+        return {
+            "unet": shapes.unet.init(key, x, t, context)["params"],
+            "vae": shapes.vae.init(key, pixels)["params"],
+            "text_encoder": shapes.text_encoder.init(key, ids)["params"],
+        }
+
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)

@@ -45,6 +45,7 @@ def make_validation(
         return sd.text_encoder.apply({"params": params}, ids)
 
     def draw(student: Any, vae: Any, context: Array, noise: Array) -> UInt8[Array, "n h w 3"]:
+        student = jax.lax.with_sharding_constraint(student, everywhere)  # or activations would move
         x0, _ = student_forward(sd.unet, student, noise, context, timesteps, t_enc, S, E)
         return decode_images(sd.vae, vae, x0)
 

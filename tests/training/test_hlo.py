@@ -1,0 +1,78 @@
+"""Reading a compiled program: collectives, loops, traffic."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tiue_jax.training.hlo import collectives, loop_share, moved_bytes, totals
+from tiue_jax.training.sharding import make_mesh
+
+HLO = """HloModule step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (arg: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %arg = (s32[], f32[8,16]{1,0}) parameter(0)
+  %x = f32[8,16]{1,0} get-tuple-element(%arg), index=1
+  %all-reduce.7 = f32[8,16]{1,0} all-reduce(%x), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %out = (s32[], f32[8,16]{1,0}) tuple(%i, %all-reduce.7)
+}
+
+ENTRY %main (p: f32[8,16]) -> f32[8,16] {
+  %p = f32[8,16]{1,0} parameter(0)
+  %all-gather.3 = f32[3,3,320,640]{3,2,1,0} all-gather(%p), replica_groups={{0,1},{2,3}}
+  %ag-start = (bf16[8,16]{1,0}, bf16[64,16]{1,0}) all-gather-start(%p), replica_groups=[1,8]<=[8]
+  %ag-done = bf16[64,16]{1,0} all-gather-done(%ag-start)
+  %both = (f32[10]{0}, f32[]) all-reduce(%a, %b), replica_groups=mesh['axis_0'=4,'axis_1'=1,\
+'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0'}, to_apply=%add
+  %t = (s32[], f32[8,16]{1,0}) tuple(%i, %p)
+  %loop = (s32[], f32[8,16]{1,0}) while(%t), condition=%cond, body=%body, \
+backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %x = f32[8,16]{1,0} add(%all-reduce.9, %y)
+}
+"""
+
+
+def test_collectives_are_counted_with_their_bytes_and_turns() -> None:
+    found = collectives(HLO)
+    assert totals(found) == {
+        "all-gather": {"count": 2, "times": 2, "bytes": 4 * 9 * 320 * 640 + 2 * 64 * 16},
+        "all-reduce": {"count": 2, "times": 6, "bytes": 44 + 5 * 4 * 8 * 16},
+    }
+    assert [one.devices for one in found] == [4, 2, 8, 4]
+    gathered = 4 * 9 * 320 * 640 / 2 + 2 * 64 * 16 * 7 / 8
+    assert moved_bytes(found) == gathered + 2 * 3 / 4 * (44 + 5 * 4 * 8 * 16)
+
+
+def test_traffic_of_a_loop_counts_its_turns() -> None:
+    share = loop_share(HLO)
+    body = 2 * 4 * 8 * 16  # reads x and writes the sum of it
+    rest = (512 + 4 * 9 * 320 * 640) + (512 + 2 * 72 * 16) + (2 * 72 * 16 + 2 * 64 * 16) + 44 + 512
+    assert share == (rest + 5 * body) / (rest + body)
+    assert loop_share("") == 1.0
+
+
+def test_a_real_program_with_a_loop() -> None:
+    mesh = make_mesh(8, 1)
+    split, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("data",), ()))
+
+    def run(w, x):
+        def turn(w, _):
+            return w - jax.grad(lambda w: jnp.mean(jnp.tanh(x @ w)))(w), None
+
+        return jax.lax.scan(turn, w, None, length=6)[0]
+
+    jitted = jax.jit(run, in_shardings=(whole, split), out_shardings=whole)
+    shapes = jnp.zeros((32, 16)), jnp.zeros((64, 32))
+    text = jitted.lower(*shapes).compile().as_text()
+    assert re.search(r" while\(", text)
+    assert totals(collectives(text)) == {
+        "all-reduce": {"count": 1, "times": 6, "bytes": 6 * 4 * 32 * 16}
+    }
+    assert loop_share(text) > 3
