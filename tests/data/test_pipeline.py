@@ -45,6 +45,14 @@ def test_batch_may_be_larger_than_the_prompts():
     assert sorted(seen[:10]) == sorted(seen[10:20]) == sorted(PROMPTS.texts)
 
 
+@pytest.mark.parametrize("count", [1, 10, 20_000])
+def test_a_batch_may_be_one_prompt(count: int):
+    prompts = Prompts(tuple(f"prompt {i}" for i in range(count)), "many")
+    one = make_batches(prompts, tokenize, batch_size=1, seed=5)
+    two = make_batches(prompts, tokenize, batch_size=2, seed=5)
+    assert texts_of(one, 6) == texts_of(two, 3)
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_hosts_together_see_what_one_host_sees(processes: int):
     alone = texts_of(make(), 5)

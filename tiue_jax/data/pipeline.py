@@ -20,6 +20,7 @@ from tiue_jax.data.prompts import Prompts
 Tokenize = Callable[[Sequence[str]], Int32[np.ndarray, "b n"]]
 Encode = Callable[[Sequence[str]], tuple[Int32[np.ndarray, "b n"], list[str]]]
 
+_EPOCHS = 2**31  # endless; of None, grain's len() overflows with a batch of one
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)  # tokenising is microseconds
 
 
@@ -59,7 +60,7 @@ def make_batches(
         texts = batch[mine]
         return {"input_ids": tokenize(texts), "prompts": texts}
 
-    shuffled = grain.MapDataset.source(prompts.texts).seed(seed).shuffle(seed=seed).repeat()
+    shuffled = grain.MapDataset.source(prompts.texts).seed(seed).shuffle(seed=seed).repeat(_EPOCHS)
     batches = shuffled.batch(batch_size, batch_fn=list).map(encode)
     return iter(batches.to_iter_dataset(_READ))
 
