@@ -14,6 +14,14 @@ The same command again resumes the run bit for bit. A config, teacher or prompts
 are refused; log, checkpoint and mesh may change, and train.iterations where the learning rate is
 constant. SIGTERM and Ctrl-C save first (exit code 75); a second one does not wait. A loss or weight
 that is not finite ends the run (exit code 1) and is not saved.
+
+On many hosts the same command runs on each, with one workdir that all share, and --multihost on TPU
+pods and where SLURM, Kubernetes or Open MPI started it; elsewhere with, on host I of N,
+
+    --coordinator=HOST0:PORT --num_processes=N --process_id=I
+
+The hosts first compare config, code, prompts and teacher. A signal to one stops all at the same
+step; if one fails or dies, all stop. A checkpoint goes on on any number of hosts and devices.
 """
 
 from collections.abc import Sequence
@@ -23,12 +31,22 @@ from absl import flags
 from ml_collections import config_flags
 
 from tiue_jax.io.errors import InputError, run_command
+from tiue_jax.training.hosts import join
 from tiue_jax.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to train: a file of configs/, or your own.", lock_config=True
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: a new one, or one to resume.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, on all hosts.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many hosts run this command.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+MULTIHOST = flags.DEFINE_bool(
+    "multihost", False, "Find the hosts in the environment: TPU pod, SLURM, Kubernetes, Open MPI."
+)
+HOST_TIMEOUT = flags.DEFINE_float(
+    "host_timeout", 60.0, "Seconds without a sign of life after which a host counts as dead."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -36,7 +54,14 @@ def main(argv: Sequence[str]) -> None:
     """Run one distillation."""
     if len(argv) > 1:
         raise InputError("arguments are given as --name=value", found=" ".join(argv[1:]))
-    train(CONFIG.value, Path(str(WORKDIR.value)))
+    with join(
+        coordinator=COORDINATOR.value,
+        num_processes=NUM_PROCESSES.value,
+        process_id=PROCESS_ID.value,
+        multihost=MULTIHOST.value,
+        timeout=HOST_TIMEOUT.value,
+    ) as hosts:
+        train(CONFIG.value, Path(str(WORKDIR.value)), hosts)
 
 
 if __name__ == "__main__":

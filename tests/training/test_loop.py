@@ -427,3 +427,9 @@ def test_nothing_waits_for_the_device_between_logs(config, workdir: Path, monkey
     monkeypatch.setattr(jax, "block_until_ready", lambda x: (waited.append(steps[-1:]), wait(x))[1])
     train(config, workdir)
     assert {n for [n] in filter(None, waited)} == {1, 4, 6, 8, 12}
+
+
+def test_nothing_goes_to_the_device_unsaid(config, workdir: Path, monkeypatch):
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda place, ids: ids)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train(config, workdir)

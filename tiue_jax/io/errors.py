@@ -110,17 +110,28 @@ def run_command(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
     argv = list(sys.argv if argv is None else argv)
     try:
         code = _run(main, argv)
-    except InputError as error:
-        code = _say(str(error), EXIT_INPUT)
-    except (RunError, FloatingPointError) as error:
-        code = _say(str(error) or type(error).__name__, EXIT_FAILED)
-    except Preempted as error:
-        code = _say(str(error) or "stopped; run the same command again to go on", EXIT_PREEMPTED)
-    except OSError as error:
-        code = _say(_describe_os_error(error), EXIT_FAILED)
-    except KeyboardInterrupt:
-        code = _say("interrupted", EXIT_INTERRUPTED)
+    except BaseException as error:
+        told = describe(error)
+        if told is None:
+            raise
+        code = _say(told[1], told[0])
     sys.exit(code)
+
+
+def describe(error: BaseException) -> tuple[int, str] | None:
+    """Return the exit code and the message of an exception; None for a mistake of ours."""
+    match error:
+        case InputError():
+            return EXIT_INPUT, str(error)
+        case RunError() | FloatingPointError():
+            return EXIT_FAILED, str(error) or type(error).__name__
+        case Preempted():
+            return EXIT_PREEMPTED, str(error) or "stopped; run the same command again to go on"
+        case OSError():
+            return EXIT_FAILED, _describe_os_error(error)
+        case KeyboardInterrupt():
+            return EXIT_INTERRUPTED, "interrupted"
+    return None
 
 
 def _run(main: Main, argv: list[str]) -> int:

@@ -24,6 +24,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from tiue_jax.data import pipeline
 from tiue_jax.io.errors import InputError, RunError
+from tiue_jax.training.hosts import ALONE, Hosts
 
 FOLDER = "checkpoints"
 DAMAGED_FOLDER = "checkpoints_damaged"
@@ -47,12 +48,14 @@ class Checkpoints:
     Args:
         workdir: the run's folder; `checkpoints/` is made in it.
         keep: how many of the latest to keep, at least 1.
+        hosts: all of them have to call every method, in the same order.
     """
 
-    def __init__(self, workdir: Path, *, keep: int) -> None:
+    def __init__(self, workdir: Path, *, keep: int, hosts: Hosts = ALONE) -> None:
         self._folder = workdir.resolve() / FOLDER
         self._damaged = workdir.resolve() / DAMAGED_FOLDER
         self._keep = keep
+        self._hosts = hosts
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -105,10 +108,15 @@ class Checkpoints:
             The checkpoint, or None where there is none.
 
         Raises:
-            InputError: there are checkpoints and none of them can be read, or `check` raised it.
+            InputError: there are checkpoints and none of them can be read, `check` raised it, or
+                the hosts do not see the same checkpoints.
         """
         damage: dict[int, Exception] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        self._hosts.agree(
+            "checkpoints", {"checkpoints": steps}, hint="a --workdir that all hosts share"
+        )
+        for step in steps:
             try:
                 restored = self._restore_step(step, target, batches, check)
             except InputError:
@@ -134,32 +142,40 @@ class Checkpoints:
         batches: grain.DatasetIterator,
         check: Callable[[Meta], None],
     ) -> Restored:
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        meta = self._manager.restore(step, args=args)["meta"]
-        check(meta)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        state = self._manager.restore(step, args=args)["state"]
+        """Restore one checkpoint, or raise on every host what is wrong with it on any.
+
+        The items' handlers are used without the manager: its `restore` waits for all hosts in the
+        end, and one that cannot read its part never comes there.
+        """
+        folder, error = self._folder / str(step), None
+        try:
+            meta = ocp.JsonCheckpointHandler().restore(folder / "meta")
+            check(meta)
+            args = ocp.args.StandardRestore(target)
+            state = ocp.StandardCheckpointHandler().restore(folder / "state", args=args)
+            _restore_batches(folder / "data", batches, meta["data"])
+        except InputError:
+            raise
+        except Exception as found:  # Orbax, tensorstore and json raise of every kind
+            error = found
+        wrong = self._hosts.share(f"restored {step}", _brief(error) if error else "")
+        if any(wrong):
+            raise error or ValueError(next(filter(None, wrong)))
         _verify(state, meta["digests"])
-        if meta["data"]["process_count"] == jax.process_count():
-            args = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(batches))
-            self._manager.restore(step, args=args)
-        else:  # grain's file is per process; the order of the batches is not
-            pipeline.seek(batches, meta["data"]["batch"])
-        if pipeline.position(batches) != meta["data"]["batch"]:
-            raise ValueError(f"the data iterator is not at batch {meta['data']['batch']}")
         return Restored(step, state, meta)
 
     def _put_aside(self, steps: list[int]) -> None:
         """Move checkpoints out of the way of the run that will save these steps again."""
-        if not steps or jax.process_index() != 0:
+        if not steps:
             return
         self._manager.close()
-        for step in steps:
+        for step in steps if self._hosts.index == 0 else ():
             self._damaged.mkdir(exist_ok=True)
             taken = {path.name for path in self._damaged.iterdir()}
             name = next(n for i in range(10**6) if (n := f"{step}.{i}") not in taken)
             (self._folder / str(step)).rename(self._damaged / name)
             logging.warning("moved checkpoint %d to %s", step, self._damaged / name)
+        self._hosts.wait("damaged checkpoints moved")
         self._manager = self._open()
 
     def close(self) -> None:
@@ -206,6 +222,18 @@ def _restore_part(folder: Path, which: str) -> PyTree[np.ndarray]:
     found = reader.restore(folder / "state", args=args)
     _verify(found, {k: v for k, v in digests.items() if k.split("/")[0] == which})
     return found[which]
+
+
+def _restore_batches(
+    folder: Path, batches: grain.DatasetIterator, saved: Mapping[str, int]
+) -> None:
+    """Put the iterator where it was. Grain's file is per process; the order of batches is not."""
+    if saved["process_count"] == jax.process_count():
+        grain.checkpoint.CheckpointHandler().restore(folder, batches)
+    else:
+        pipeline.seek(batches, saved["batch"])
+    if pipeline.position(batches) != saved["batch"]:
+        raise ValueError(f"the data iterator is not at batch {saved['batch']}")
 
 
 def _brief(error: Exception) -> str:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
@@ -19,38 +21,42 @@ from tiue_jax.io.errors import Preempted, RunError
 from tiue_jax.pretrained.folder import TRAINING_FILE
 from tiue_jax.training import sharding
 from tiue_jax.training.checkpoint import Checkpoints
-from tiue_jax.training.config import refuse_changes
+from tiue_jax.training.config import flatten, refuse_changes
 from tiue_jax.training.export import export_student
+from tiue_jax.training.hosts import ALONE, Hosts, code_version
 from tiue_jax.training.preemption import catch_signals
 from tiue_jax.training.setup import Setup, set_up
 from tiue_jax.training.state import TrainState
 from tiue_jax.training.summaries import Progress, StepClock, Summaries, Window, say
 from tiue_jax.training.validation import make_validation
+from tiue_jax.training.watchdog import watchdog
 from tiue_jax.training.workdir import claim, write_run
 
 STUDENT_FOLDER = "student"
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
-    """Distil `config.teacher` into `workdir/student`.
+def train(config: ConfigDict, workdir: Path, hosts: Hosts = ALONE) -> None:
+    """Distil `config.teacher` into `workdir/student`; on several hosts, by all of them together.
 
     Raises:
         InputError: config, teacher, prompts or workdir are not usable, or not those of the run that
-            was begun in `workdir`.
+            was begun in `workdir`, or not the same on all hosts.
         RunError: a metric or a weight is not finite.
         Preempted: told to stop, and saved.
     """
     workdir = workdir.resolve()
     end, log = config.train.iterations, config.log
-    with ExitStack() as stack:
+    with ExitStack() as stack, hosts.stop_together():
         # ---- Read ---------------------------------------------------------------------------
-        stack.enter_context(claim(workdir))
-        stopping = stack.enter_context(catch_signals())
-        run = set_up(config, say)
+        hosts.agree("command", flatten(config) | code_version())
+        stack.enter_context(claim(workdir, hosts))
+        stopping = stack.enter_context(catch_signals(hosts))
+        run = set_up(config, say, hosts)
+        finished = stack.enter_context(watchdog(log.stuck_after, host=hosts.index))
         key_init, key_draws, key_images = jax.random.split(jax.random.key(config.seed), 3)
 
         # ---- Restore: the newest whole checkpoint, else the teacher's weights ------------------
-        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, hosts=hosts)
         stack.callback(checkpoints.close)  # waits for the last save, however the run ends
         found = checkpoints.restore(
             run.abstract, run.batches, lambda meta: refuse_changes(meta, run.description, workdir)
@@ -75,11 +81,13 @@ def train(config: ConfigDict, workdir: Path) -> None:
         # ---- Iterate: nothing waits for the device but logs, images and saves --------------------
         stack.enter_context(_say_where_to_resume(checkpoints))
         window, clock = Window(), StepClock(start)
+        key_draws = _everywhere(run.mesh, key_draws)
         for step in range(start + 1, end + 1):
             ids = next(run.batches)["input_ids"]
-            ids = jax.make_array_from_process_local_data(sharding.batch_sharding(run.mesh), ids)
             iterate = run.iterate_lora if run.options.is_lora_only(step) else run.iterate
-            state, metrics = iterate(state, run.frozen, ids, key_draws)
+            ids = jax.make_array_from_process_local_data(sharding.batch_sharding(run.mesh), ids)
+            with jax.transfer_guard("disallow"):  # nothing crosses but what is said to
+                state, metrics = iterate(state, run.frozen, ids, key_draws)
             window.append(step, metrics)
             stop = stopping(step)
 
@@ -99,6 +107,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 checkpoints.save(step, state, run.description, run.batches)
             if stop and step < end:
                 raise Preempted(f"told to stop; saved step {step}, the same command goes on")
+            finished(step)
 
         # ---- Export: the moving average, as a diffusers folder ---------------------------------
         if report := run.tokenize.summary():
@@ -123,7 +132,10 @@ def _announce(run: Setup, state: TrainState, start: int, end: int) -> None:
     count = parameter_overview.count_parameters
     say(f"teacher {run.sd.folder}: UNet of {count(run.frozen.teacher):,} parameters")
     devices = f"{jax.device_count()} {jax.default_backend()} devices"
+    if jax.process_count() > 1:
+        devices += f" on {jax.process_count()} hosts"
     say(f"LoRA: {count(state.lora):,} parameters; {devices}")
+    say(f"state: {sharding.placement(run.abstract, run.mesh)}")
     repeats = f" ({run.prompts.repeats:,} repeats left out)" if run.prompts.repeats else ""
     say(f"prompts {run.prompts.source}: {len(run.prompts):,}{repeats}")
     begun = run.description["config"]["student.start"] or "the teacher"
@@ -134,10 +146,7 @@ def _announce(run: Setup, state: TrainState, start: int, end: int) -> None:
 def _export(run: Setup, state: TrainState, workdir: Path, *, step: int) -> None:
     """Write the EMA student to `workdir/student`; the export of another step is moved aside."""
     folder = workdir / STUDENT_FOLDER
-    params = state.ema
-    if jax.process_count() > 1:  # parts of it are on other hosts
-        everywhere = jax.NamedSharding(run.mesh, sharding.REPLICATED)
-        params = jax.jit(lambda tree: tree, out_shardings=everywhere)(params)
+    params = jax.tree.map(partial(_gather, run.mesh), state.ema)
     if jax.process_index() != 0:
         return
     if folder.exists():
@@ -151,12 +160,28 @@ def _export(run: Setup, state: TrainState, workdir: Path, *, step: int) -> None:
         folder.rename(free)
     export_student(
         run.sd,
-        jax.device_get(params),
+        params,
         folder,
         num_steps=run.options.num_steps,
         timestep_spacing=run.options.timestep_spacing,
         training={"step": step, **run.description},
     )
+
+
+def _gather(mesh: jax.sharding.Mesh, x: jax.Array) -> np.ndarray | None:
+    """Return an array of which parts may be on other hosts, on the first; all have to call it."""
+    if jax.process_count() > 1:
+        x = _everywhere(mesh, x)
+    return jax.device_get(x) if jax.process_index() == 0 else None
+
+
+def _everywhere(mesh: jax.sharding.Mesh, x: jax.Array) -> jax.Array:
+    """Return an array whole on every device of the mesh."""
+    return jax.jit(_same, out_shardings=jax.NamedSharding(mesh, sharding.REPLICATED))(x)
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
 
 
 def _exported_step(folder: Path) -> int | None:

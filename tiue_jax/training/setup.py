@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import flax
 import grain
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,6 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 from ml_collections import ConfigDict
 
-import tiue_jax
 from tiue_jax.data.pipeline import CutReport, make_batches
 from tiue_jax.data.prompts import Prompts, load_prompts
 from tiue_jax.diffusion.text_image import TextImage
@@ -30,6 +28,7 @@ from tiue_jax.pretrained.hub import resolve_model, resolve_network
 from tiue_jax.training import sharding
 from tiue_jax.training.checkpoint import inspect_arrays
 from tiue_jax.training.config import check_config, flatten, step_options
+from tiue_jax.training.hosts import ALONE, Hosts, code_version
 from tiue_jax.training.options import StepOptions
 from tiue_jax.training.state import Frozen, TrainState, init_state
 from tiue_jax.training.step import make_step
@@ -65,23 +64,26 @@ class Setup:
     description: dict[str, Any]
 
 
-def set_up(config: ConfigDict, say: Callable[[str], None]) -> Setup:
+def set_up(config: ConfigDict, say: Callable[[str], None], hosts: Hosts = ALONE) -> Setup:
     """Read what `config` names. Small things are checked before large ones are read.
 
     Args:
         say: called with a line for a person.
+        hosts: what they have read is compared before it is put on their devices.
 
     Raises:
-        InputError: config, prompts or teacher are not usable.
+        InputError: config, prompts or teacher are not usable, or not the same on all hosts.
     """
     check_config(config)
     with blame("mesh"):
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     with blame("train.batch_size"):
-        sharding.check_batch_size(config.train.batch_size, mesh)
+        sharding.check_batch_size(config.train.batch_size, mesh, config.train.accumulate)
     prompts = load_prompts(
         config.data.source, field=config.data.field, deduplicate=config.data.deduplicate
     )
+    described = {"count": len(prompts), "sha256": prompts.digest}
+    hosts.agree("prompts", {f"prompts: {key}": value for key, value in described.items()})
     dtype = jnp.dtype(config.train.compute_dtype)
     load = partial(load_stable_diffusion, dtype=dtype, place=np.ascontiguousarray)
     sd = load(resolve_model(config.teacher))
@@ -91,18 +93,29 @@ def set_up(config: ConfigDict, say: Callable[[str], None]) -> Setup:
         unet = sd.unet.clone(remat=config.train.remat)
         build = partial(make_step, unet, sd.text_encoder, sd.schedule, options)
         step, lora_step = build(text_image=text_image), build(lora_only=True)
-    frozen = sharding.shard(
-        Frozen(
-            sd.params.pop("unet"),
-            sd.params["text_encoder"],
-            jnp.asarray(sd.tokenizer.null_ids),
-            **auxiliary,
-        ),
-        mesh,
+    teacher, kept_in = sd.params.pop("unet"), jnp.dtype(config.train.teacher_dtype)
+    frozen = Frozen(
+        _cast(teacher, kept_in),
+        _cast(sd.params["text_encoder"], kept_in),
+        jnp.asarray(sd.tokenizer.null_ids),
+        **auxiliary,
     )
     student = _load_start(config, sd, load)
+    digests = _digest_teacher(sd, frozen, student, prompts)
+    hosts.agree("teacher", {f"teacher: {part}": digest for part, digest in digests.items()})
+    frozen = sharding.shard(frozen, mesh, split=config.mesh.shard_teacher)
+    rounded = kept_in != jnp.float32  # then the student does not start from what is on the device
     with blame("lora"):
-        start, abstract = _make_start(frozen, options, mesh, student)
+        start, abstract = _make_start(
+            frozen, options, mesh, teacher if student is None and rounded else student
+        )
+    jit_step = partial(
+        sharding.jit_step,
+        mesh=mesh,
+        state=abstract,
+        frozen=frozen,
+        shard_teacher=config.mesh.shard_teacher,
+    )
     tokenize = CutReport(sd.tokenizer.encode, say)
     batches = make_batches(
         prompts,
@@ -119,20 +132,16 @@ def set_up(config: ConfigDict, say: Callable[[str], None]) -> Setup:
         options=options,
         start=start,
         abstract=abstract,
-        iterate=sharding.jit_step(step, mesh, abstract, frozen),
-        iterate_lora=sharding.jit_step(lora_step, mesh, abstract, frozen),
+        iterate=jit_step(step),
+        iterate_lora=jit_step(lora_step),
         prompts=prompts,
         tokenize=tokenize,
         batches=batches,
         description={
             "config": flatten(config),
-            "teacher": _digest_teacher(sd, frozen, student, prompts),
-            "prompts": {"count": len(prompts), "sha256": prompts.digest},
-            "code": {
-                "tiue_jax": tiue_jax.__version__,
-                "jax": jax.__version__,
-                "flax": flax.__version__,
-            },
+            "teacher": digests,
+            "prompts": described,
+            "code": code_version(),
         },
     )
 
@@ -144,6 +153,11 @@ def blame(key: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise InputError(str(error), key=key) from error
+
+
+def _cast(tree: Any, dtype: jnp.dtype) -> Any:
+    """Return the tree in another float type; arrays that are of it already are not copied."""
+    return jax.tree.map(lambda x: x.astype(dtype, copy=False), tree)
 
 
 def _load_text_image(

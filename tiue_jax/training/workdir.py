@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,22 +15,26 @@ import jax
 
 from tiue_jax.io.errors import InputError
 from tiue_jax.io.files import write_atomic
+from tiue_jax.training.hosts import ALONE, Hosts
 
 RUN_FILE = "run.json"
 _LOCK_FILE = ".lock"
+_PATIENCE = 10.0  # seconds for a file to be seen on other hosts
 
 
 @contextmanager
-def claim(workdir: Path) -> Iterator[None]:
+def claim(workdir: Path, hosts: Hosts = ALONE) -> Iterator[None]:
     """Hold `workdir`, made if missing, against other processes of this machine.
 
-    The lock is the kernel's and goes with the process, however that ends. Of several hosts only the
-    first takes it.
+    The lock is the kernel's and goes with the process, however that ends. Of several hosts the
+    first takes it, and all have to see the folder.
 
     Raises:
-        InputError: another process holds it, or it holds files and no run of ours.
+        InputError: another process holds it, or it holds files and no run of ours; or it is not one
+            folder on all hosts.
     """
-    if jax.process_index() != 0:
+    if hosts.index != 0:
+        _check_shared(workdir, hosts)
         yield
         return
     if workdir.exists() and not workdir.is_dir():
@@ -57,9 +62,34 @@ def claim(workdir: Path) -> Iterator[None]:
             ) from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        os.fsync(descriptor)
+        _check_shared(workdir, hosts)
         yield
     finally:
         os.close(descriptor)
+
+
+def _check_shared(workdir: Path, hosts: Hosts) -> None:
+    """Hold all hosts to see the lock that the first has just taken."""
+    holder = hosts.share("workdir claimed", os.getpid())[0]
+    seen = hosts.share("workdir seen", _sees(workdir / _LOCK_FILE, str(holder), _PATIENCE))
+    if not all(seen):
+        raise InputError(
+            f"host {seen.index(False)} does not see what host 0 writes here",
+            file=workdir,
+            key="--workdir",
+            expected="one folder that all hosts share",
+        )
+
+
+def _sees(file: Path, content: str, seconds: float) -> bool:
+    """Whether `file` gets that content; a network's file system may take a while."""
+    deadline = time.monotonic() + seconds
+    while not (file.exists() and file.read_text(errors="replace") == content):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def write_run(workdir: Path, description: Mapping[str, Any]) -> None:

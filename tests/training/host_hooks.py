@@ -1,0 +1,103 @@
+"""What a test's config file does to the process that reads it: a quick step, and accidents."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tests.training.test_loop import ToyStep
+from tests.training.tiny_run import make_config
+from tiue_jax.data.pipeline import CutReport
+from tiue_jax.training import setup, summaries
+
+
+def configure(folder: Path) -> ConfigDict:
+    """Eight iterations of eight prompts, over whatever devices there are."""
+    config = make_config(folder / "teacher", folder / "prompts.txt")
+    config.train.batch_size = 8
+    config.train.iterations = 8
+    config.mesh.data = -1
+    config.checkpoint.every = 100
+    config.log.summary_every = 0
+    return config
+
+
+def use_toy_step() -> None:
+    """Put in a step that compiles in no time, without Adam's moments."""
+    start = setup.init_state
+
+    def start_without_adam(*args: Any, **named: Any) -> Any:
+        return start(*args, **named).replace(student_opt=(), lora_opt=())
+
+    setup.make_step = ToyStep()
+    setup.init_state = start_without_adam
+
+
+def at_step(step: int, do: Callable[[], Any]) -> None:
+    """Do something when iteration `step` is given to the devices; 0: at every one."""
+    append = summaries.Window.append
+
+    def noted(self: summaries.Window, number: int, metrics: Any) -> None:
+        append(self, number, metrics)
+        if step in (0, number):
+            do()
+
+    summaries.Window.append = noted  # type: ignore[method-assign]
+
+
+def before_steps(do: Callable[[], Any]) -> None:
+    """Do something while the run is set up."""
+    load = setup.load_prompts
+
+    def loaded(*args: Any, **named: Any) -> Any:
+        do()
+        return load(*args, **named)
+
+    setup.load_prompts = loaded
+
+
+def record_prompts(file: Path) -> None:
+    """Write down every prompt that is read, in order."""
+    tokenize = CutReport.__call__
+
+    def recorded(self: CutReport, texts: Sequence[str]) -> Any:
+        with file.open("a") as lines:
+            lines.writelines(f"{text}\n" for text in texts)
+        return tokenize(self, texts)
+
+    CutReport.__call__ = recorded  # type: ignore[method-assign]
+
+
+def fail() -> None:
+    """As a mistake of ours."""
+    raise KeyError("a mistake of ours")
+
+
+def tell(number: int) -> Callable[[], None]:
+    """Get a signal; SIGKILL is what the kernel sends when memory is short."""
+    return lambda: os.kill(os.getpid(), number)
+
+
+def sleep(seconds: float) -> Callable[[], None]:
+    """Be slow."""
+    return lambda: time.sleep(seconds)
+
+
+__all__ = [
+    "Path",
+    "at_step",
+    "before_steps",
+    "configure",
+    "fail",
+    "record_prompts",
+    "signal",
+    "sleep",
+    "tell",
+    "use_toy_step",
+]
