@@ -69,7 +69,8 @@ def moved_bytes(found: list[Collective]) -> float:
         "all-reduce": lambda n: 2 * (n - 1) / n,
         "collective-permute": lambda n: 1.0,
     }
-    return sum(one.times * one.bytes * shares[one.kind](one.devices) for one in found)
+    moved = (one.times * one.bytes * shares[one.kind](one.devices) for one in found)
+    return float(sum(moved))
 
 
 def loop_share(hlo: str) -> float:
