@@ -59,7 +59,6 @@ jax.config.update("jax_debug_key_reuse", True)
 # Compiled programs are kept between runs of the suite, in a folder that git ignores.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-jax.config.update("jax_compilation_cache_max_size", 2 * 1024**3)
 
 _NEVER_SKIPPED = (ROOT / "tests" / "parity", ROOT / "tests" / "reference")
 

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tests.xla import FAST
 from tiue_jax.models.unet import UNet
 
 SIZE, TOKENS, WIDTH = 8, 5, 16  # latents 8x8, context 5 x 16
-FAST = {"xla_backend_optimization_level": 0}  # of XLA on a CPU: half the time to compile
 
 
 def small_unet(**changes: Any) -> UNet:

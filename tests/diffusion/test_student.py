@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tests.diffusion.small import FAST, inputs, small_params, small_unet
+from tests.diffusion.small import inputs, small_params, small_unet
+from tests.xla import FAST
 from tiue_jax.diffusion.ddim import closed_form, ddim_step, step_coefficients
 from tiue_jax.diffusion.schedule import make_schedule
 from tiue_jax.diffusion.student import (

@@ -16,7 +16,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
-from tests.diffusion.small import FAST, TOKENS, WIDTH, small_unet
+from tests.diffusion.small import TOKENS, WIDTH, small_unet
+from tests.xla import FAST
 from tiue_jax.diffusion.student import student_forward
 from tiue_jax.models.attention import (
     batch_axes,
@@ -132,7 +133,7 @@ def test_blocks_divide_the_tokens() -> None:
     assert [block_size(n, 1024) for n in (1024, 2304, 4096, 9216)] == [1024, 768, 1024, 1024]
 
 
-def test_off_tpus_every_bit_is_that_of_xla() -> None:
+def test_off_tpus_xla_computes_it() -> None:
     """Where a TPU would take the kernel: forward, gradients, rematerialised, vmapped twice."""
     q, k, v = draw(1024, 1, 40, batch=8)
     mesh = make_mesh()
@@ -156,7 +157,11 @@ def test_off_tpus_every_bit_is_that_of_xla() -> None:
         return jax.jit(run, in_shardings=batch_sharding(mesh))
 
     mine, xla = results(dot_product_attention), results(jax.nn.dot_product_attention)
-    jax.tree.map(np.testing.assert_array_equal, mine(q, k, v), xla(q, k, v))
+    for found, expected in zip(
+        jax.tree.leaves(mine(q, k, v)), jax.tree.leaves(xla(q, k, v)), strict=True
+    ):
+        # Two programs, whose sums a CPU may fuse in two ways; bit for bit the same on some.
+        np.testing.assert_allclose(found, expected, atol=1e-6 * float(jnp.abs(expected).max()))
     assert "shard_map" in str(jax.make_jaxpr(mine)(q, k, v)), "the kernel was a choice"
     assert KERNEL not in mine.lower(q, k, v).as_text()
 

@@ -21,6 +21,7 @@ from nbformat import NotebookNode
 from packaging.requirements import Requirement
 from PIL import Image
 
+from tests import xla
 from tests.training.tiny_run import make_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,6 @@ SETTINGS = {
     "SD15_STEPS": 2,
     "SD15_BATCH": 2,
 }
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 PATIENCE = 1800  # seconds a cell; the suite may run on a machine that has other work
 # What code may not know of the machine it runs on; /dev is where accelerators are looked for.
 ABSOLUTE = re.compile(r"""["'](/(?!dev\b|OWNER/)\w+|~|[A-Za-z]:\\)""")
@@ -98,7 +98,7 @@ def executed(
         "TIUE_NOTEBOOK_TEACHER": teacher,
         "TIUE_NOTEBOOK_SD15": str(make_teacher(home / "sd")),  # in the place of the real one
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": QUICK,  # to compile; and one device, where the suite has eight
+        "XLA_FLAGS": xla.FLAGS,  # to compile; and one device, where the suite has eight
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "HF_HUB_OFFLINE": "1",

@@ -32,7 +32,7 @@ TOKENS = normal(2, 12, 16, seed=2)
 TEXT = normal(2, 7, CONTEXT, seed=3)
 EMBEDDED = normal(2, TEMB, seed=4)
 TIMES = np.asarray([0, 1, 500, 999], np.int32)
-OPTIONS = unet.BlockOptions(False, GROUPS, 1e-5, False, False, jnp.float32)
+OPTIONS = unet.BlockOptions(False, GROUPS, 1e-5, False, "none", jnp.float32)
 LINEAR = OPTIONS._replace(linear_projection=True, upcast_attention=True)
 
 

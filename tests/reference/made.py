@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from tests.reference.iterations import compiled_step, load_text_image
 from tests.reference.records import KINDS, LOSSES
-from tests.training.small_step import FAST
+from tests.xla import FAST
 from tiue_jax.diffusion.schedule import make_schedule
 from tiue_jax.models.clip import CLIPTextEncoder
 from tiue_jax.models.unet import UNet

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tests.xla import FAST
 from tiue_jax.diffusion.schedule import make_schedule
 from tiue_jax.diffusion.text_image import TextImage
 from tiue_jax.models.clip import CLIPTextEncoder
@@ -15,7 +16,6 @@ from tiue_jax.training.state import Frozen, TrainState, init_state
 from tiue_jax.training.step import make_step
 
 TOKENS, WIDTH, WORDS, SIZE = 5, 8, 20, 4
-FAST = {"xla_backend_optimization_level": 0}  # of XLA on a CPU: half the time to compile
 OPTIONS = StepOptions(
     num_steps=2,
     latent_size=SIZE,
@@ -70,10 +70,10 @@ def start(options: StepOptions = OPTIONS) -> TrainState:
     return init_state(jax.random.key(1), frozen().teacher, options)
 
 
-def settled(state: TrainState) -> TrainState:
+def settled(state: TrainState, change: float = 0.1) -> TrainState:
     """The same with a LoRA that has learnt something: b is 0 no more."""
     lora = jax.tree.map(
-        lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), state.lora
+        lambda x: x + change * jnp.cos(jnp.arange(x.size).reshape(x.shape)), state.lora
     )
     return state.replace(lora=lora)
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import xla
 from tests.training import host_hooks
 from tests.training.tiny_run import PROMPTS, ROOT, make_prompts, make_teacher
 from tiue_jax.pretrained.folder import load_stable_diffusion
@@ -107,14 +108,13 @@ class Launcher:
 
 
 def environment(i: int, count: int, port: int) -> dict[str, str]:
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     slurm = {
         "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(count),
         "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "JAX_COORDINATOR_PORT": str(port),
     }  # fmt: skip
     return os.environ | slurm | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{quick} --xla_force_host_platform_device_count={8 // count}",
+        "XLA_FLAGS": f"{xla.FLAGS} --xla_force_host_platform_device_count={8 // count}",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),  # for tests; `-m` puts the folder of the start before it

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import xla
 from tests.training.tiny_run import ROOT, make_prompts, make_teacher
 from tiue_jax.training.checkpoint import restore_params
 
@@ -38,10 +39,9 @@ class Command:
         )
 
     def start(self, workdir: str, *flags: str) -> subprocess.Popen[str]:
-        quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": quick,
+            "XLA_FLAGS": xla.FLAGS,
             "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

@@ -1,6 +1,5 @@
 """Where arrays lie, and that it changes no number."""
 
-import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tests.training import small_step
 from tests.training.small_step import OPTIONS, frozen, ids, settled, start, step
+from tests.xla import FAST
 from tiue_jax.training.hlo import collectives, totals
 from tiue_jax.training.sharding import (
     batch_sharding,
@@ -26,7 +25,7 @@ from tiue_jax.training.state import TrainState
 from tiue_jax.training.step import Draws, sample_draws
 
 KEY = jax.random.key(7)
-ITERATIONS, BATCH = 5, 16
+ITERATIONS, BATCH = 5, 24  # no size of a network is 24, nor what a device has of it
 # name -> (data, fsdp, parts of a batch)
 MESHES = {
     "1 device": (1, 1, 1),
@@ -35,9 +34,9 @@ MESHES = {
     "8": (8, 1, 1),
     "8, split": (2, 4, 1),
 }
-# Relative, of each of the five iterations. fp32 sums in another order; worst seen 8.6e-7, and
-# 1.2e-6 of the VSD loss, the square of a difference of two nearly equal networks.
-TOLERANCES = {"loss/student": 1e-6, "loss/kl": 1e-6, "loss/lora": 1e-6, "loss/vsd": 3e-6}
+# Relative, of each loss of each of the five iterations: fp32 rounds otherwise where a device has
+# other shapes.
+TOLERANCE = 1e-6
 LEARNING = replace(OPTIONS, student_lr=1e-4, lora_lr=1e-3)
 
 
@@ -52,11 +51,13 @@ class Run(NamedTuple):
 def run(data: int, fsdp: int, accumulate: int) -> Run:
     mesh = make_mesh(data, fsdp, jax.devices()[: data * fsdp])
     options = replace(LEARNING, accumulate=accumulate)
-    state, split = settled(start(options)), accumulate == 1  # the teacher once whole, too
+    # The LoRA far from the teacher: the VSD loss is of their difference, and its rounding theirs.
+    state = settled(start(options), change=0.3)
+    split = accumulate == 1  # the teacher once whole, too
     jitted = jit_step(step(options), mesh, state, frozen(), shard_teacher=split)
     state, fixed = shard(state, mesh), shard(frozen(), mesh, split=split)
     inputs = jax.device_put(ids(BATCH), batch_sharding(mesh))
-    compiled = jitted.lower(state, fixed, inputs, KEY).compile(small_step.FAST)
+    compiled = jitted.lower(state, fixed, inputs, KEY).compile(FAST)
     given, metrics = state.student["conv_in"]["kernel"], []
     for _ in range(ITERATIONS):
         state, told = compiled(state, fixed, inputs, KEY)
@@ -82,7 +83,7 @@ def test_any_number_of_devices_is_one(results: dict[str, Run], name: str) -> Non
         pairs = [(a[key], b[key]) for a, b in zip(one.metrics, other.metrics, strict=True)]
         worst = max(abs(b - a) / abs(a) if a else abs(b) for a, b in pairs)
         print(f"{name}: {key} {worst:.1e} apart")
-        assert worst <= TOLERANCES.get(key, 1e-5), key
+        assert worst <= (TOLERANCE if key.startswith("loss/") else 1e-5), key
     for network, lr in (("student", 1e-4), ("ema", 1e-4), ("lora", 1e-3)):
         leaves = zip(
             jax.tree.leaves(getattr(one.state, network)),
@@ -138,19 +139,32 @@ def test_split_training_gathers_parameters_and_sums_gradients(results: dict[str,
     print(totals(found))
     assert set(totals(found)) == {"all-gather", "all-reduce"}
     trees = state.student, state.lora, frozen().text_encoder
-    shapes = {x.shape for x in jax.tree.leaves(trees)}
-    odd = 0  # bytes of what is no parameter, nor a quarter of one's gradient: a few scalars
-    for one in found:
-        for shape in one.shapes:
-            if shape not in shapes and (*shape[:-1], 4 * math.prod(shape[-1:])) not in shapes:
-                odd += 4 * math.prod(shape)
-    assert odd < 0.02 * sum(one.bytes for one in found)
+    allowed = {kind for x in jax.tree.leaves(trees) for kind in parameter_like(x.shape, parts=4)}
+    odd = {x for one in found for x in one.shapes if unordered(x) not in allowed}
+    print(odd)
+    # The embedding of the K = 2 timesteps, which all examples share, and scalars.
+    assert odd <= {(2, 1, 64), ()}
+
+
+def parameter_like(shape: tuple[int, ...], parts: int) -> set[tuple[int, ...]]:
+    """The shapes of a parameter, and of its gradient split along any axis; see `unordered`."""
+    split = (
+        (*shape[:i], shape[i] // parts, *shape[i + 1 :])
+        for i in range(len(shape))
+        if shape[i] % parts == 0
+    )
+    return {unordered(shape), *map(unordered, split)}
+
+
+def unordered(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes but 1, sorted: the compiler transposes and reshapes what it sums."""
+    return tuple(sorted(size for size in shape if size != 1))
 
 
 @pytest.mark.slow
 def test_a_second_call_compiles_nothing() -> None:
     mesh = make_mesh(1, 1, jax.devices()[:1])
-    state = start()
+    state = shard(start(), mesh)
     jitted = jit_step(step(), mesh, state, frozen())
     for _ in range(2):
         state, _ = jitted(state, frozen(), ids(2), KEY)

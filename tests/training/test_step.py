@@ -13,7 +13,8 @@ import optax
 import pytest
 
 from tests.training import small_step
-from tests.training.small_step import FAST, OPTIONS, frozen, ids, jitted, settled, start, step
+from tests.training.small_step import OPTIONS, frozen, ids, jitted, settled, start, step
+from tests.xla import FAST
 from tiue_jax.diffusion.ddim import closed_form
 from tiue_jax.diffusion.losses import kl_loss
 from tiue_jax.diffusion.schedule import make_schedule

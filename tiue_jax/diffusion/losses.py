@@ -38,7 +38,7 @@ def vsd_loss(
     Source: TiUE's public code, and DreamFusion's trick before it.
     """
     target = jax.lax.stop_gradient(x0 - score_gradient)
-    return 0.5 * jnp.mean(jnp.square(x0 - target))
+    return 0.5 * mean_square(x0 - target)
 
 
 def kl_loss(eps: Float[Array, "b K h w c"]) -> Float[Array, ""]:
@@ -59,7 +59,15 @@ def lora_loss(
     alpha: Float[Array, "b 1 1 1"],
 ) -> Float[Array, ""]:
     """L_lora = mean((alpha_t e_L - alpha_t n)^2), without guidance. Source: TiUE's public code."""
-    return jnp.mean(jnp.square(alpha * eps_lora.astype(jnp.float32) - alpha * noise))
+    return mean_square(alpha * eps_lora.astype(jnp.float32) - alpha * noise)
+
+
+def mean_square(x: Float[Array, "b h w c"]) -> Float[Array, ""]:
+    """The mean over examples of each one's mean square.
+
+    In this order, a sum rounds alike however many devices share the examples.
+    """
+    return jnp.mean(jnp.mean(jnp.square(x), axis=(1, 2, 3)))
 
 
 def clip_loss(

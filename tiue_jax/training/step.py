@@ -197,7 +197,7 @@ def make_step(
                 "loss/student": total,
                 "loss/vsd": vsd,
                 "loss/kl": kl,
-                "vsd/gradient_rms": jnp.mean(jnp.square(gradient)),  # its root is taken below
+                "vsd/gradient_rms": losses.mean_square(gradient),  # its root is taken below
             }
             return total, (x0, terms)
 

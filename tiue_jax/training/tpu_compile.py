@@ -7,6 +7,7 @@ figures; operations are counted from the traced program; nothing was run.
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -62,6 +63,7 @@ class Report:
         network_bytes: that one chip sends, for rings.
         seconds: the compilation took.
         jax, compiler: versions.
+        compiler_flags: LIBTPU_INIT_ARGS, which the compiler reads: its options, as of a run.
     """
 
     topology: str
@@ -82,6 +84,7 @@ class Report:
     seconds: float
     jax: str
     compiler: str
+    compiler_flags: str
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON has them."""
@@ -222,6 +225,7 @@ def compile_program(config: ConfigDict, shapes: Variant, where: Slice, what: str
         seconds=seconds,
         jax=jax.__version__,
         compiler=where.devices[0].client.platform_version.splitlines()[0],
+        compiler_flags=os.environ.get("LIBTPU_INIT_ARGS", ""),
     )
 
 
