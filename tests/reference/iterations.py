@@ -37,7 +37,6 @@ from tests.reference.records import (
     read_record,
 )
 from tests.reference.report import Report
-from tests.xla import FAST
 from tiue_jax.diffusion.schedule import NoiseSchedule
 from tiue_jax.diffusion.text_image import TextImage
 from tiue_jax.io.errors import InputError
@@ -58,6 +57,7 @@ NUDGE = 1e-6  # relative, of every student and LoRA weight
 NUDGES = 4
 NOISES = 6.0  # standard deviations, of a number that few nudges estimate
 
+COMPILER = {"xla_backend_optimization_level": 0}  # of XLA on a CPU: half the time to compile
 NUMBERS = (  # options that are arguments of the compiled step, so that records can share it
     "guidance_scale",
     "lambda_kl",
@@ -158,7 +158,7 @@ def _compiled_step(
         )
         return step(*arguments, **named)
 
-    return jax.jit(step, compiler_options=FAST if jax.default_backend() == "cpu" else None)
+    return jax.jit(step, compiler_options=COMPILER if jax.default_backend() == "cpu" else None)
 
 
 def _iterate(run: Callable[..., Any], state: TrainState) -> tuple[TrainState, Iteration]:

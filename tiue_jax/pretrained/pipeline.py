@@ -170,7 +170,8 @@ class Pipeline:
             raise ValueError(f"seed {wrong[0]}: expected 0..{MAX_SEED}")
         model = self.model
         devices = jax.device_count()
-        split = NamedSharding(_mesh(), PartitionSpec("data"))
+        mesh = _mesh()
+        split = NamedSharding(mesh, PartitionSpec("data"))
         size = -(-min(self.batch_size, max(len(prompts), 1)) // devices) * devices
         shape = (model.latent_size, model.latent_size, model.unet.in_channels)
         input_ids = model.tokenizer(list(prompts))
@@ -181,9 +182,10 @@ class Pipeline:
             rows = np.arange(start, start + size) % len(prompts)
             ids = jax.device_put(input_ids[rows], split)
             chosen = jax.device_put(np.asarray(seeds, np.uint32)[rows], split)
-            context = self.encode(ids)
-            x0 = latents(model.params["unet"], seed_noise(chosen, shape), context, chosen)
-            images = self._decode(x0)
+            with jax.set_mesh(mesh):  # or TPUs would not take the attention kernel
+                context = self.encode(ids)
+                x0 = latents(model.params["unet"], seed_noise(chosen, shape), context, chosen)
+                images = self._decode(x0)
             done.append(np.asarray(images)[: len(prompts) - start])
         return np.concatenate(done)
 

@@ -105,6 +105,7 @@ def train(config: ConfigDict, workdir: Path, hosts: Hosts = ALONE) -> None:
             if stop or step == end or step % config.checkpoint.every == 0:
                 window.check()
                 checkpoints.save(step, state, run.description, run.batches)
+                summaries.flush()
             if stop and step < end:
                 raise Preempted(f"told to stop; saved step {step}, the same command goes on")
             finished(step)

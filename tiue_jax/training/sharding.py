@@ -123,8 +123,22 @@ def shardings(tree: Any, mesh: Mesh, *, split: bool = True) -> Any:
 
 
 def shard(tree: Any, mesh: Mesh, *, split: bool = True) -> Any:
-    """Put `tree` where the rules say, or all of it on every device."""
-    return jax.device_put(tree, shardings(tree, mesh, split=split))
+    """Put `tree` where the rules say, or all of it on every device.
+
+    Of several hosts each gives its own devices their parts of what it holds, which has to be the
+    same on all: `hosts.agree` sees to it. `jax.device_put` would send every array round to compare.
+    """
+    places = shardings(tree, mesh, split=split)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, places)
+
+    def put(x: Any, place: NamedSharding) -> Array:
+        if isinstance(x, Array) and not x.is_fully_addressable:
+            return jax.device_put(x, place)  # is on all hosts already
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+    return jax.tree.map(put, tree, places)
 
 
 def gather(params: Any, dtype: DTypeLike) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -153,9 +154,10 @@ class Summaries:
         self._events.add_event(event)
 
     def flush(self) -> None:
-        """Send everything to the files."""
+        """Send everything to the disk, or to the bucket that is mounted in its place."""
         if self._on:
             self._lines.flush()
+            os.fsync(self._lines.fileno())  # gcsfuse uploads then, or when the file is closed
             self._events.flush()
 
     def close(self) -> None:

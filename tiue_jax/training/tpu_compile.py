@@ -168,9 +168,12 @@ def sampling_program(config: ConfigDict, shapes: Variant, devices: list[Any]) ->
         sharding.check_batch_size(config.train.batch_size, mesh)
 
     def images(params: Any, ids: Any, noise: Any) -> Any:
-        context = text.apply({"params": params["text_encoder"]}, ids)
-        x0, _ = student_forward(unet, params["unet"], noise, context, timesteps, timesteps[0], S, E)
-        return decode_images(vae, params["vae"], x0)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            context = text.apply({"params": params["text_encoder"]}, ids)
+            x0, _ = student_forward(
+                unet, params["unet"], noise, context, timesteps, timesteps[0], S, E
+            )
+            return decode_images(vae, params["vae"], x0)
 
     count, side = config.train.batch_size, shapes.latent_size
     params = _cast(_param_shapes(shapes), dtype)
