@@ -24,12 +24,13 @@ from tiue_jax.io.files import write_atomic
 from tiue_jax.models.variants import VARIANTS, variant
 from tiue_jax.training.chips import tpu_slice
 from tiue_jax.training.config import flatten
-from tiue_jax.training.tpu_compile import PROGRAMS, advice, compile_program
+from tiue_jax.training.tpu_compile import PROGRAMS, advice, compile_program, outline
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A config, as of tiue_jax.main.")
 _SHAPES = flags.DEFINE_enum("shapes", "sd15", sorted(VARIANTS), "The teacher's networks.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "KIND:SHAPE of the slice.")
 _WHAT = flags.DEFINE_enum("what", "train", sorted(PROGRAMS), "An iteration, or a batch of images.")
+_COMPILE = flags.DEFINE_bool("compile", True, "False: only parameters and flops, in a minute.")
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 flags.mark_flags_as_required(["config"])
 
@@ -39,16 +40,22 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise InputError("arguments are given as --name=value", found=" ".join(argv[1:]))
     where = tpu_slice(_TOPOLOGY.value)
-    report = compile_program(_CONFIG.value, variant(_SHAPES.value), where, _WHAT.value)
+    asked = _CONFIG.value, variant(_SHAPES.value), where, _WHAT.value
+    known = outline(*asked)
+    count, batch_size = len(where.devices), _CONFIG.value.train.batch_size
+    print(f"{where.topology}: {count} chips, batch {batch_size}; on each chip:")
+    for name, size in known.parameters.items():
+        print(f"  {name:<12} {size / 1e9:9.3f} GB")
+    compute = known.flops / where.chip.flops
+    print(f"  flops        {known.flops / 1e12:9.3f} T, at least {compute:.4f} s", flush=True)
+    if not _COMPILE.value:
+        return
+    report = compile_program(*asked, known)
     bounds = report.bounds(where.chip)
     limit = max(bounds, key=lambda name: bounds[name])
-    print(f"{report.topology}: {report.chips} chips, batch {report.batch_size}; on each chip:")
-    for name, size in report.parameters.items():
-        print(f"  {name:<12} {size / 1e9:9.3f} GB")
     for name in ("arguments", "outputs", "aliased", "temporaries", "peak"):
         print(f"  {name:<12} {getattr(report, name) / 1e9:9.3f} GB")
     print(f"  memory       {report.memory / 1e9:9.3f} GB, {report.peak / report.memory:.0%} taken")
-    print(f"  flops        {report.flops / 1e12:9.3f} T, at least {bounds['compute']:.4f} s")
     print(
         f"  HBM traffic  {report.bytes_accessed / 1e9:9.3f} GB, at least {bounds['memory']:.4f} s"
     )

@@ -172,3 +172,15 @@ def test_the_command_for_the_embedded_teacher(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     assert "v5e:2x2: 4 chips, batch 16; on each chip:" in done.stdout
     assert json.loads(out.read_text())["chips"] == 4
+
+
+def test_parameters_and_flops_need_no_compiling(tmp_path) -> None:
+    out = tmp_path / "report.json"
+    done = run(
+        "--shapes=tiny", "--topology=v5e:2x2", "--config.train.batch_size=16", "--nocompile",
+        f"--out={out}", path=f"{ROOT}:{COMPILER}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line.split()[0] for line in done.stdout.splitlines()]
+    assert lines == ["v5e:2x2:", "state", "teacher", "flops"]
+    assert not out.exists()

@@ -188,14 +188,43 @@ def sampling_program(config: ConfigDict, shapes: Variant, devices: list[Any]) ->
 PROGRAMS = {"train": training_program, "sample": sampling_program}
 
 
-def compile_program(config: ConfigDict, shapes: Variant, where: Slice, what: str) -> Report:
+class Outline(NamedTuple):
+    """What is known of `PROGRAMS[what]` before it is compiled, of one chip.
+
+    Attributes:
+        parameters, flops: as in `Report`.
+    """
+
+    program: Program
+    parameters: dict[str, int]
+    flops: float
+
+
+def outline(config: ConfigDict, shapes: Variant, where: Slice, what: str) -> Outline:
+    """Trace `PROGRAMS[what]` for a slice, in a minute where compiling takes an hour.
+
+    Raises:
+        InputError: the config is not usable on this slice.
+    """
+    program = PROGRAMS[what](config, shapes, where.devices)
+    parameters = {name: placed.per_device for name, placed in program.placements.items()}
+    flops = traced_flops(program.function, *program.arguments) / len(where.devices)
+    return Outline(program, parameters, flops)
+
+
+def compile_program(
+    config: ConfigDict, shapes: Variant, where: Slice, what: str, known: Outline | None = None
+) -> Report:
     """Compile `PROGRAMS[what]` for a slice.
+
+    Args:
+        known: its `outline`, if it was made already.
 
     Raises:
         InputError: the config is not usable on this slice.
         RunError: it does not fit a chip's memory (and what would help), or does not compile.
     """
-    program = PROGRAMS[what](config, shapes, where.devices)
+    program, parameters, flops = known or outline(config, shapes, where, what)
     lowered = program.function.lower(*program.arguments)
     began = time.monotonic()
     try:
@@ -208,20 +237,19 @@ def compile_program(config: ConfigDict, shapes: Variant, where: Slice, what: str
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
     aliased, temporaries = memory.alias_size_in_bytes, memory.temp_size_in_bytes
     found = collectives(text)
-    flops = traced_flops(program.function, *program.arguments)
     return Report(
         topology=where.topology,
         chips=len(where.devices),
         what=what,
         batch_size=config.train.batch_size,
         memory=where.chip.memory,
-        parameters={name: placed.per_device for name, placed in program.placements.items()},
+        parameters=parameters,
         arguments=arguments,
         outputs=outputs,
         aliased=aliased,
         temporaries=temporaries,
         peak=arguments + outputs - aliased + temporaries,
-        flops=flops / len(where.devices),
+        flops=flops,
         bytes_accessed=float(cost.get("bytes accessed", math.nan)) * loop_share(text),
         collectives=totals(found),
         network_bytes=moved_bytes(found),
