@@ -4,8 +4,10 @@
     python -m tiue_jax.compile --config=configs/sd15.py --topology=v6e:2x4 --what=sample
 
 Nothing is read but the config: --shapes names the teacher's networks. Needs libtpu, whose compiler
-runs on any machine: pip install "jax[tpu]". A full-size training iteration keeps it busy for half
-an hour on two cores, and takes 12 GB. Exit code 1: it does not fit; the line says what would help.
+runs on any machine: pip install "jax[tpu]". Full-size training takes it long: one image of Stable
+Diffusion 1.5 a chip was not compiled after 98 minutes of one core, at 20 GB (docs/state.md);
+--nocompile tells parameters and operations in a minute. LIBTPU_INIT_ARGS gives it options, as it
+does in a run. Exit code 1: it does not fit; the line says what would help.
 
 The figures are the compiler's and arithmetic, not a run's: "at least" is what the chip's published
 peaks allow. docs/scaling.md shows them for the paper's run.

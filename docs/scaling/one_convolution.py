@@ -1,6 +1,7 @@
 """What the TPU compiler makes of one 3x3 convolution of a UNet, by the batch on a chip.
 
-    PYTHONPATH=.venv/tpu JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python docs/scaling/one_convolution.py
+    export PYTHONPATH=.:.venv/tpu JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1
+    python docs/scaling/one_convolution.py
 
 Prints batch, side and channels, the compiler's estimate of its time in microseconds, and the time
 to compile it. No TPU is needed; nothing is run.
