@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 
 # Imports are few, because every call is a process of its own.
 FAKE = os.environ.get("TIUE_FAKE", "")
@@ -107,10 +108,27 @@ def absent() -> int:
 
 
 def preempt(world: dict) -> None:
-    """Take the machines away, with all that runs on them."""
+    """Take the machines away, with all that runs on them.
+
+    A run that was begun gets as far as to say so, however slow this machine is: plan.json counts
+    what started, and a process that does not lead its group yet would be missed.
+    """
     world["queued"], world["node"] = "SUSPENDED", "PREEMPTED"
     for name in glob.glob(f"{FAKE}/vm{world['generation']}/*/.tiue_jax/pid"):
+        machine = "/".join(name.split("/")[-4:-2])
+        end = time.monotonic() + 30
+        while f'"{machine}"' not in recorded() and time.monotonic() < end:
+            time.sleep(0.05)
         end_run(name)
+
+
+def recorded() -> str:
+    """What the training wrote down on all machines."""
+    try:
+        with open(f"{FAKE}/training.jsonl") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
 
 
 def end_run(pid_file: str) -> None:
