@@ -26,13 +26,14 @@ from tiue_jax.io.files import write_atomic
 from tiue_jax.models.variants import VARIANTS, variant
 from tiue_jax.training.chips import tpu_slice
 from tiue_jax.training.config import flatten
-from tiue_jax.training.tpu_compile import PROGRAMS, advice, compile_program, outline
+from tiue_jax.training.tpu_compile import EFFORTS, PROGRAMS, advice, compile_program, outline
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A config, as of tiue_jax.main.")
 _SHAPES = flags.DEFINE_enum("shapes", "sd15", sorted(VARIANTS), "The teacher's networks.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "KIND:SHAPE of the slice.")
 _WHAT = flags.DEFINE_enum("what", "train", sorted(PROGRAMS), "An iteration, or a batch of images.")
 _COMPILE = flags.DEFINE_bool("compile", True, "False: only parameters and flops, in a minute.")
+_EFFORT = flags.DEFINE_enum("effort", "O1", EFFORTS, "The compiler's. O2 is a run's, and slow.")
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 flags.mark_flags_as_required(["config"])
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"  flops        {known.flops / 1e12:9.3f} T, at least {compute:.4f} s", flush=True)
     if not _COMPILE.value:
         return
-    report = compile_program(*asked, known)
+    report = compile_program(*asked, _EFFORT.value, known)
     bounds = report.bounds(where.chip)
     limit = max(bounds, key=lambda name: bounds[name])
     for name in ("arguments", "outputs", "aliased", "temporaries", "peak"):

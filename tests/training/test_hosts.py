@@ -63,20 +63,22 @@ from tiue_jax.training import hosts
 hosts._TOGETHER = 3
 
 def main(argv):
-    with hosts.join(**ARGUMENTS):
-        pass
+    with hosts.join(**ARGUMENTS) as joined:
+        with joined.stop_together():
+            print(joined.index, joined.count, joined.share("anything", 7))
 
 run_command(main, ["main.py"])
 """
 
 
-def join_apart(**arguments: Any) -> tuple[int, str]:
+def join_apart(env: dict[str, str] | None = None, /, **arguments: Any) -> tuple[int, str]:
     """Return exit code and last line of a process that does nothing but join."""
     done = subprocess.run(
         [sys.executable, "-c", APART.replace("ARGUMENTS", repr(arguments))],
-        cwd=ROOT, env={"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env={"JAX_PLATFORMS": "cpu"} | (env or {}), capture_output=True, text=True,
+        timeout=300,
     )  # fmt: skip
-    return done.returncode, done.stderr.splitlines()[-1]
+    return done.returncode, (done.stderr if done.returncode else done.stdout).splitlines()[-1]
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -92,6 +94,18 @@ def test_an_environment_without_a_cluster_is_refused():
     code, said = join_apart(multihost=True)
     assert code == 2
     assert said.startswith("error: [--multihost]: no cluster was found in the environment, found ")
+
+
+def test_a_cluster_may_have_one_host():
+    """--multihost on a slice of one host, or a batch job of one task."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    slurm = {
+        "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "JAX_COORDINATOR_PORT": str(port),
+    }  # fmt: skip
+    assert join_apart(slurm, multihost=True) == (0, "0 1 [7]")
 
 
 def test_a_port_that_is_taken_is_refused():

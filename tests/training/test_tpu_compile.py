@@ -76,9 +76,11 @@ def test_what_cannot_be_compiled_is_refused() -> None:
 def test_report_of_a_small_program(what: str) -> None:
     """Everything but the TPU's own compiler: on eight CPU devices."""
     where = Slice("cpu:8", CHIPS["v5e"], jax.devices())
-    report = compile_program(config(mesh__fsdp=4), SMALL, where, what)
+    report = compile_program(config(mesh__fsdp=4), SMALL, where, what, "O1")
+    assert jax.config.values["jax_optimization_level"] == "UNKNOWN", "as it was"
     told = json.loads(json.dumps(report.to_json()))
     assert (told["chips"], told["batch_size"], told["what"]) == (8, 8, what)
+    assert told["effort"] == "O1"
     assert report.peak == (report.arguments + report.outputs - report.aliased + report.temporaries)
     # The VAE's encoder is not needed for sampling, nor passed.
     assert 0.8 < report.arguments / sum(report.parameters.values()) < 1.1
@@ -134,7 +136,7 @@ from tiue_jax.training.chips import tpu_slice
 from tiue_jax.training.tpu_compile import compile_program
 import sys
 report = compile_program(config(mesh__fsdp=4, train__compute_dtype="bfloat16"), SMALL,
-                         tpu_slice("v5e:2x2"), sys.argv[1])
+                         tpu_slice("v5e:2x2"), sys.argv[1], "O1")
 print(json.dumps(report.to_json()))
 """
 

@@ -10,7 +10,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -62,6 +63,7 @@ class Report:
         collectives: kind -> {"count": in the text, "times": run, "bytes": given out}, one chip.
         network_bytes: that one chip sends, for rings.
         seconds: the compilation took.
+        effort: the compiler's, see `EFFORTS`.
         jax, compiler: versions.
         compiler_flags: LIBTPU_INIT_ARGS, which the compiler reads: its options, as of a run.
     """
@@ -82,6 +84,7 @@ class Report:
     collectives: dict[str, dict[str, int]]
     network_bytes: float
     seconds: float
+    effort: str
     jax: str
     compiler: str
     compiler_flags: str
@@ -186,6 +189,7 @@ def sampling_program(config: ConfigDict, shapes: Variant, devices: list[Any]) ->
 
 
 PROGRAMS = {"train": training_program, "sample": sampling_program}
+EFFORTS = ("O1", "O2")  # JAX_OPTIMIZATION_LEVEL; a run takes O2 where nothing else is said
 
 
 class Outline(NamedTuple):
@@ -213,11 +217,17 @@ def outline(config: ConfigDict, shapes: Variant, where: Slice, what: str) -> Out
 
 
 def compile_program(
-    config: ConfigDict, shapes: Variant, where: Slice, what: str, known: Outline | None = None
+    config: ConfigDict,
+    shapes: Variant,
+    where: Slice,
+    what: str,
+    effort: str = "O2",
+    known: Outline | None = None,
 ) -> Report:
     """Compile `PROGRAMS[what]` for a slice.
 
     Args:
+        effort: one of `EFFORTS`; O1 searches no tilings, which is most of the work.
         known: its `outline`, if it was made already.
 
     Raises:
@@ -228,7 +238,8 @@ def compile_program(
     lowered = program.function.lower(*program.arguments)
     began = time.monotonic()
     try:
-        compiled = lowered.compile()
+        with _optimization_level(effort):
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise RunError(_refusal(str(error), config, where, what)) from error
     seconds = time.monotonic() - began
@@ -254,10 +265,21 @@ def compile_program(
         collectives=totals(found),
         network_bytes=moved_bytes(found),
         seconds=seconds,
+        effort=effort,
         jax=jax.__version__,
         compiler=where.devices[0].client.platform_version.splitlines()[0],
         compiler_flags=os.environ.get("LIBTPU_INIT_ARGS", ""),
     )
+
+
+@contextmanager
+def _optimization_level(effort: str) -> Iterator[None]:
+    before = jax.config.values["jax_optimization_level"]
+    jax.config.update("jax_optimization_level", effort)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_optimization_level", before)
 
 
 def advice(config: ConfigDict, chips: int, what: str) -> str:
