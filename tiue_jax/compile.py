@@ -4,10 +4,11 @@
     python -m tiue_jax.compile --config=configs/sd15.py --topology=v6e:2x4 --what=sample
 
 Nothing is read but the config: --shapes names the teacher's networks. Needs libtpu, whose compiler
-runs on any machine: pip install "jax[tpu]". Full-size training takes it long: one image of Stable
-Diffusion 1.5 a chip was not compiled after 98 minutes of one core, at 20 GB (docs/state.md);
---nocompile tells parameters and operations in a minute. LIBTPU_INIT_ARGS gives it options, as it
-does in a run. Exit code 1: it does not fit; the line says what would help.
+runs on any machine: pip install "jax[tpu]". Full-size training takes it half an hour and 15 GB on
+two cores at --effort=O1, which searches no tilings; at O2, as a run compiles unless
+JAX_OPTIMIZATION_LEVEL says O1, it was not done after 105 minutes. --nocompile tells parameters and
+operations in a minute. LIBTPU_INIT_ARGS gives it options, as it does in a run. Exit code 1: it does
+not fit; the line says what would help.
 
 The figures are the compiler's and arithmetic, not a run's: "at least" is what the chip's published
 peaks allow. docs/scaling.md shows them for the paper's run.
@@ -35,6 +36,7 @@ _WHAT = flags.DEFINE_enum("what", "train", sorted(PROGRAMS), "An iteration, or a
 _COMPILE = flags.DEFINE_bool("compile", True, "False: only parameters and flops, in a minute.")
 _EFFORT = flags.DEFINE_enum("effort", "O1", EFFORTS, "The compiler's. O2 is a run's, and slow.")
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+_TEXT = flags.DEFINE_string("text", None, "File for the compiled program's text, gzipped.")
 flags.mark_flags_as_required(["config"])
 
 
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"  flops        {known.flops / 1e12:9.3f} T, at least {compute:.4f} s", flush=True)
     if not _COMPILE.value:
         return
-    report = compile_program(*asked, _EFFORT.value, known)
+    report = compile_program(*asked, _EFFORT.value, known, _TEXT.value)
     bounds = report.bounds(where.chip)
     limit = max(bounds, key=lambda name: bounds[name])
     for name in ("arguments", "outputs", "aliased", "temporaries", "peak"):

@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tiue_jax.training.hlo import collectives, loop_share, moved_bytes, totals
@@ -56,6 +57,50 @@ def test_traffic_of_a_loop_counts_its_turns() -> None:
     rest = (512 + 4 * 9 * 320 * 640) + (512 + 2 * 72 * 16) + (2 * 72 * 16 + 2 * 64 * 16) + 44 + 512
     assert share == (rest + 5 * body) / (rest + body)
     assert loop_share("") == 1.0
+
+
+COUNTED = """
+%cond (arg.1: (s32[], f32[4])) -> pred[] {
+  %arg.1 = (s32[]{:T(128)}, f32[4]{0:T(128)}) parameter(0)
+  %limit = s32[]{:T(128)} constant(LAST)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %limit), direction=LT, metadata={op_name="while/cond"}
+}
+
+%body (arg.2: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %arg.2 = (s32[]{:T(128)}, f32[4]{0:T(128)}) parameter(0)
+  %step = s32[]{:T(128)} constant(2), metadata={op_name="x"}
+  %i.2 = s32[]{:T(128)} get-tuple-element(%arg.2), index=0
+  %copy.3 = s32[]{:T(128)} copy(%i.2)
+  %x = f32[4]{0:T(128)} get-tuple-element(%arg.2), index=1
+  %cp = f32[4]{0:T(128)} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+  %add.9 = s32[]{:T(128)} add(%copy.3, %step), control-predecessors={%copy.3}
+  ROOT %out = (s32[]{:T(128)}, f32[4]{0:T(128)}) tuple(%add.9, /*index=1*/%cp)
+}
+
+ENTRY %main (p: f32[4]) -> (s32[], f32[4]) {
+  %p = f32[4]{0:T(128)} parameter(0)
+  %zero = s32[]{:T(128)} constant(FIRST)
+  %copy.8 = s32[]{:T(128)} copy(%zero)
+  %start = (s32[]{:T(128)}, f32[4]{0:T(128)}) tuple(%copy.8, %p)
+  ROOT %w = (s32[]{:T(128)}, f32[4]{0:T(128)}) while(%start), condition=%cond, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(("first", "last", "turns"), [(0, 8, 4), (1, 8, 4), (0, 9, 5), (8, 8, 0)])
+def test_turns_that_the_tpu_compiler_does_not_tell(first: int, last: int, turns: int) -> None:
+    text = COUNTED.replace("LAST", str(last)).replace("FIRST", str(first))
+    if turns:
+        assert totals(collectives(text))["collective-permute"]["times"] == turns
+    else:
+        assert not collectives(text)
+    for by, other in (
+        ("direction=LT", "direction=NE"),
+        (" add(", " multiply("),
+        ("copy(%z", "f(%z"),
+    ):
+        assert totals(collectives(text.replace(by, other)))["collective-permute"]["times"] == 1
 
 
 def test_a_real_program_with_a_loop() -> None:

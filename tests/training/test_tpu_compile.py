@@ -4,6 +4,7 @@
 TPU at every start.
 """
 
+import gzip
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.models.variants import Variant
 from tiue_jax.training import tpu_compile
 from tiue_jax.training.chips import CHIPS, Slice, tpu_slice
+from tiue_jax.training.hlo import collectives, totals
 from tiue_jax.training.tpu_compile import advice, compile_program, training_program
 
 COMPILER = Path(sys.prefix) / "tpu"
@@ -73,10 +75,12 @@ def test_what_cannot_be_compiled_is_refused() -> None:
 
 
 @pytest.mark.parametrize("what", ["train", "sample"])
-def test_report_of_a_small_program(what: str) -> None:
+def test_report_of_a_small_program(what: str, tmp_path: Path) -> None:
     """Everything but the TPU's own compiler: on eight CPU devices."""
     where = Slice("cpu:8", CHIPS["v5e"], jax.devices())
-    report = compile_program(config(mesh__fsdp=4), SMALL, where, what, "O1")
+    text = tmp_path / "text.gz"
+    report = compile_program(config(mesh__fsdp=4), SMALL, where, what, "O1", text_to=str(text))
+    assert totals(collectives(gzip.decompress(text.read_bytes()).decode())) == report.collectives
     assert jax.config.values["jax_optimization_level"] == "UNKNOWN", "as it was"
     told = json.loads(json.dumps(report.to_json()))
     assert (told["chips"], told["batch_size"], told["what"]) == (8, 8, what)

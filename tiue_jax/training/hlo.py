@@ -42,7 +42,7 @@ class Collective(NamedTuple):
 def collectives(hlo: str) -> list[Collective]:
     """Return every collective of a compiled program, in the order of its text.
 
-    A loop whose number of turns the compiler does not tell is counted as one turn.
+    Loops: see `_turns`.
     """
     bodies = dict(_computations(hlo))
     times = _times(bodies)
@@ -129,13 +129,81 @@ def _times(bodies: dict[str, list[str]]) -> dict[str, int]:
         times[""] = 1
     for name in reversed(bodies):
         for line in bodies[name] if times[name] else ():
-            trips = _TRIP_COUNT.search(line)
+            loop = _turns(line, bodies[name], bodies) if " while(" in line else 1
             for role, names in _CALLED.findall(line):
-                turns = int(trips[1]) if trips and role in ("body", "condition") else 1
+                turns = loop if role in ("body", "condition") else 1
                 for called in re.findall(r"%([\w.\-]+)", names):
                     if called in times:
                         times[called] += times[name] * turns
     return times
+
+
+class _Instruction(NamedTuple):
+    operation: str
+    operands: list[str]
+    text: str  # behind the operation's "("
+
+
+def _instructions(lines: list[str]) -> dict[str, _Instruction]:
+    """Return the instructions of a computation by name, and that of its result as ""."""
+    found = {}
+    for line in lines:
+        if match := _INSTRUCTION.match(line):
+            name, _, operation, text = match.groups()
+            operands = _OPERAND.findall(text.partition(")")[0])
+            found[name] = _Instruction(operation, operands, text)
+            if line.lstrip().startswith("ROOT "):
+                found[""] = found[name]
+    return found
+
+
+def _turns(line: str, lines: list[str], bodies: dict[str, list[str]]) -> int:
+    """Return how often a `while` of a computation's `lines` turns.
+
+    The TPU compiler does not tell: then from the constants that its counter begins at, grows by and
+    stays below. One turn where it is counted in another way.
+    """
+    if told := _TRIP_COUNT.search(line):
+        return int(told[1])
+    called = {role: names.strip("%, ") for role, names in _CALLED.findall(line)}
+    loop = next(iter(_instructions([line]).values()))
+    caller = _instructions(lines)
+    try:
+        condition, body = (_instructions(bodies[called[role]]) for role in ("condition", "body"))
+        test = condition[""]
+        counter, limit = (_made_by(name, condition) for name in test.operands)
+        index = _index(counter)
+        grown = _made_by(body[""].operands[index], body)
+        before, step = (_made_by(name, body) for name in grown.operands)
+        if (test.operation, grown.operation) != ("compare", "add") or _index(before) != index:
+            return 1
+        if "direction=LT" not in test.text:
+            return 1
+        begin = _made_by(_made_by(loop.operands[0], caller).operands[index], caller)
+        return max(math.ceil((_constant(limit) - _constant(begin)) / _constant(step)), 0)
+    except (KeyError, IndexError, ValueError):
+        return 1
+
+
+def _made_by(name: str, found: dict[str, _Instruction]) -> _Instruction:
+    """Return the instruction that makes a value, behind copies of it."""
+    while found[name].operation in ("copy", "bitcast"):
+        name = found[name].operands[0]
+    return found[name]
+
+
+def _index(instruction: _Instruction) -> int:
+    """Return which part of a tuple is taken; ValueError where none is."""
+    if instruction.operation != "get-tuple-element":
+        raise ValueError(instruction.operation)
+    return int(instruction.text.partition("index=")[2].partition(",")[0])
+
+
+def _constant(instruction: _Instruction) -> int:
+    """Return the value of an integer constant; ValueError where it is none."""
+    if instruction.operation != "constant":
+        raise ValueError(instruction.operation)
+    return int(instruction.text.partition(")")[0])
 
 
 def _traffic(lines: list[str]) -> int:

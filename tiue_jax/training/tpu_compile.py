@@ -6,6 +6,7 @@ figures; operations are counted from the traced program; nothing was run.
 
 from __future__ import annotations
 
+import gzip
 import math
 import os
 import re
@@ -25,6 +26,7 @@ from tiue_jax.diffusion.images import decode_images
 from tiue_jax.diffusion.schedule import make_schedule
 from tiue_jax.diffusion.student import student_forward
 from tiue_jax.io.errors import InputError, RunError
+from tiue_jax.io.files import write_atomic
 from tiue_jax.models.variants import Variant
 from tiue_jax.training import sharding
 from tiue_jax.training.chips import Chip, Slice
@@ -223,12 +225,14 @@ def compile_program(
     what: str,
     effort: str = "O2",
     known: Outline | None = None,
+    text_to: str | None = None,
 ) -> Report:
     """Compile `PROGRAMS[what]` for a slice.
 
     Args:
         effort: one of `EFFORTS`; O1 searches no tilings, which is most of the work.
         known: its `outline`, if it was made already.
+        text_to: file to write the compiled program to, as the compiler prints it, gzipped.
 
     Raises:
         InputError: the config is not usable on this slice.
@@ -245,6 +249,8 @@ def compile_program(
     seconds = time.monotonic() - began
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     assert memory is not None and isinstance(cost, Mapping) and text is not None
+    if text_to is not None:
+        write_atomic(text_to, gzip.compress(text.encode(), 6))
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
     aliased, temporaries = memory.alias_size_in_bytes, memory.temp_size_in_bytes
     found = collectives(text)
