@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import sd15, tiny
@@ -23,7 +24,12 @@ from tiue_jax.models.variants import Variant
 from tiue_jax.training import tpu_compile
 from tiue_jax.training.chips import CHIPS, Slice, tpu_slice
 from tiue_jax.training.hlo import collectives, totals
-from tiue_jax.training.tpu_compile import advice, compile_program, training_program
+from tiue_jax.training.tpu_compile import (
+    advice,
+    compile_program,
+    outline,
+    training_program,
+)
 
 COMPILER = Path(sys.prefix) / "tpu"
 SMALL = Variant(
@@ -64,8 +70,6 @@ def test_without_the_compiler_it_says_what_to_install() -> None:
 
 def test_what_cannot_be_compiled_is_refused() -> None:
     devices = jax.devices()
-    with pytest.raises(InputError, match=r"\[clip.tau\]: the CLIP term is not compiled"):
-        training_program(config(clip__tau=0.35), SMALL, devices)
     with pytest.raises(InputError, match=r"\[train.batch_size\]: batch size 12: expected a pos"):
         training_program(config(train__batch_size=12), SMALL, devices)
     with pytest.raises(InputError, match=r"\[train.batch_size\]: .*8 devices times train.accumul"):
@@ -97,6 +101,21 @@ def test_report_of_a_small_program(what: str, tmp_path: Path) -> None:
         assert {"all-gather", "all-reduce"} <= set(report.collectives)
     else:
         assert not report.collectives and bounds["network"] == 0
+
+
+def test_the_clip_term_is_part_of_the_program() -> None:
+    """ViT-B/32 has 151,277,313 parameters with the scale of its logits, which ours is without."""
+    where = Slice("cpu:8", CHIPS["v5e"], jax.devices())
+    without = outline(config(), SMALL, where, "train")
+    small = SMALL._replace(text_encoder=SMALL.text_encoder.clone(vocab_size=49408))
+    found = outline(config(clip__tau=0.35, clip__source_faithful=False), small, where, "train")
+    frozen = found.program.arguments[1]
+    sizes = [sum(x.size for x in jax.tree.leaves(t)) for t in (frozen.clip, frozen.taesd)]
+    assert sizes[0] == 151_277_312 - 512 * (77 - SMALL.text_encoder.max_length)
+    assert 2.4e6 < sizes[1] < 2.5e6
+    assert {x.dtype for x in jax.tree.leaves(frozen.clip)} == {jnp.dtype("float32")}
+    assert found.parameters["teacher"] > without.parameters["teacher"] + 4 * sum(sizes)
+    assert found.flops > without.flops + 1e9  # an image of ViT-B/32 alone takes some 4e9
 
 
 def test_what_does_not_fit_says_what_would_help() -> None:

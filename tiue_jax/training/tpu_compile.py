@@ -25,8 +25,11 @@ from tiue_jax.diffusion.ddim import closed_form
 from tiue_jax.diffusion.images import decode_images
 from tiue_jax.diffusion.schedule import make_schedule
 from tiue_jax.diffusion.student import student_forward
-from tiue_jax.io.errors import InputError, RunError
+from tiue_jax.diffusion.text_image import TextImage
+from tiue_jax.io.errors import RunError
 from tiue_jax.io.files import write_atomic
+from tiue_jax.models.clip import CLIP
+from tiue_jax.models.taesd import AutoencoderTiny
 from tiue_jax.models.variants import Variant
 from tiue_jax.training import sharding
 from tiue_jax.training.chips import Chip, Slice
@@ -108,15 +111,13 @@ def training_program(config: ConfigDict, shapes: Variant, devices: list[Any]) ->
     """Return the whole training iteration of `config`. No weights are needed.
 
     Args:
-        shapes: the teacher's networks.
+        shapes: the teacher's networks. A CLIP term's are ViT-B/32 and TAESD.
         devices: of the slice, or any others.
 
     Raises:
         InputError: the config is not usable on so many devices.
     """
     check_config(config)
-    if config.clip.tau > 0:
-        raise InputError("the CLIP term is not compiled for TPUs yet: 0", key="clip.tau")
     with blame("mesh"):
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     with blame("train.batch_size"):
@@ -131,14 +132,16 @@ def training_program(config: ConfigDict, shapes: Variant, devices: list[Any]) ->
         state = jax.eval_shape(lambda k, p: init_state(k, p, options), key, params["unet"])
     kept_in = jnp.dtype(config.train.teacher_dtype)
     length = text_encoder.max_length
+    term = _text_image(config, shapes, dtype) if config.clip.tau > 0 else None
     frozen = Frozen(
         teacher=_cast(params["unet"], kept_in),
         text_encoder=_cast(params["text_encoder"], kept_in),
         null_ids=jax.eval_shape(lambda: jnp.zeros((length,), jnp.int32)),
+        **({} if term is None else _text_image_params(term, shapes.latent_size)),
     )
     schedule = make_schedule(prediction_type=shapes.prediction_type)
     with blame("student"):
-        step = make_step(unet, text_encoder, schedule, options)
+        step = make_step(unet, text_encoder, schedule, options, text_image=term)
     ids = jax.ShapeDtypeStruct((config.train.batch_size, length), jnp.int32)
     split = config.mesh.shard_teacher
     whole = sharding.make_mesh(1, 1, devices[:1])
@@ -334,6 +337,28 @@ def _param_shapes(shapes: Variant) -> dict[str, Any]:
         }
 
     return jax.eval_shape(init, jax.random.key(0))
+
+
+def _text_image(config: ConfigDict, shapes: Variant, dtype: Any) -> TextImage:
+    text = shapes.text_encoder
+    clip = CLIP(vocab_size=text.vocab_size, max_length=text.max_length, dtype=dtype)
+    taesd = AutoencoderTiny(latent_channels=shapes.unet.in_channels, dtype=dtype)
+    moments = None if config.clip.source_faithful else (0.5, 0.5, 0.5)  # of any value, here
+    return TextImage(taesd, clip, clip.image_size, moments, moments)
+
+
+def _text_image_params(term: TextImage, latent_size: int) -> dict[str, Any]:
+    """Return the shapes of a CLIP term's parameters, in the compute dtype."""
+    side, pixels = 8 * latent_size, term.size
+
+    def init(key: Any) -> dict[str, Any]:
+        ids = jnp.zeros((1, term.clip.max_length), jnp.int32)
+        return {
+            "taesd": term.taesd.init(key, jnp.zeros((1, side, side, 3)))["params"],
+            "clip": term.clip.init(key, ids, jnp.zeros((1, pixels, pixels, 3)))["params"],
+        }
+
+    return _cast(jax.eval_shape(init, jax.random.key(0)), jnp.dtype(term.clip.dtype))
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
