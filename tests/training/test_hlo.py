@@ -27,6 +27,9 @@ HLO = """HloModule step, is_scheduled=true
 
 ENTRY %main (p: f32[8,16]) -> f32[8,16] {
   %p = f32[8,16]{1,0} parameter(0)
+  %kernel.1 = f32[] custom-call(), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="splash"}
   %all-gather.3 = f32[3,3,320,640]{3,2,1,0} all-gather(%p), replica_groups={{0,1},{2,3}}
   %ag-start = (bf16[8,16]{1,0}, bf16[64,16]{1,0}) all-gather-start(%p), replica_groups=[1,8]<=[8]
   %ag-done = bf16[64,16]{1,0} all-gather-done(%ag-start)
@@ -51,10 +54,28 @@ def test_collectives_are_counted_with_their_bytes_and_turns() -> None:
     assert moved_bytes(found) == gathered + 2 * 3 / 4 * (44 + 5 * 4 * 8 * 16)
 
 
+def test_a_reduce_scatter_of_a_tpu_is_one() -> None:
+    text = """
+%all-reduce-scatter.2 (x: bf16[320,384]) -> bf16[320,48] {
+  %x = bf16[320,384]{0,1} parameter(0)
+  %all-reduce.1 = bf16[320,384]{0,1} all-reduce(%x), replica_groups=[8,8]<=[64], to_apply=%add
+  ROOT %slice = bf16[320,48]{0,1} dynamic-slice(%all-reduce.1, %i)
+}
+
+ENTRY %main (p: bf16[320,384]) -> bf16[320,48] {
+  %p = bf16[320,384]{0,1} parameter(0)
+  ROOT %f = bf16[320,48]{0,1} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.2, metadata={}
+}
+"""
+    found = collectives(text)
+    assert totals(found) == {"reduce-scatter": {"count": 1, "times": 1, "bytes": 2 * 320 * 48}}
+    assert moved_bytes(found) == 7 * 2 * 320 * 48
+
+
 def test_traffic_of_a_loop_counts_its_turns() -> None:
     share = loop_share(HLO)
     body = 2 * 4 * 8 * 16  # reads x and writes the sum of it
-    rest = (512 + 4 * 9 * 320 * 640) + (512 + 2 * 72 * 16) + (2 * 72 * 16 + 2 * 64 * 16) + 44 + 512
+    rest = (516 + 4 * 9 * 320 * 640) + (512 + 2 * 72 * 16) + (2 * 72 * 16 + 2 * 64 * 16) + 44 + 512
     assert share == (rest + 5 * body) / (rest + body)
     assert loop_share("") == 1.0
 

@@ -42,17 +42,21 @@ class Collective(NamedTuple):
 def collectives(hlo: str) -> list[Collective]:
     """Return every collective of a compiled program, in the order of its text.
 
-    Loops: see `_turns`.
+    Loops: see `_turns`. On TPUs a reduce-scatter is a fusion of an all-reduce and of slices.
     """
     bodies = dict(_computations(hlo))
     times = _times(bodies)
     found = []
     for name, lines in bodies.items():
-        for line in lines:
-            match = _COLLECTIVE.search(line)
-            if match and times.get(name):
-                shapes, size = _results(*match.groups())
-                found.append(Collective(match[2], shapes, size, _group_size(line), times[name]))
+        for line in lines if times[name] else ():
+            match = _COLLECTIVE.search(line) if any(kind in line for kind in KINDS) else None
+            if match is None:
+                continue
+            kind, devices = match[2], _group_size(line)
+            shapes, size = _results(*match.groups())
+            if name.startswith("all-reduce-scatter"):
+                kind, size = "reduce-scatter", size // devices
+            found.append(Collective(kind, shapes, size, devices, times[name]))
     return found
 
 
@@ -83,6 +87,7 @@ def loop_share(hlo: str) -> float:
         name
         for lines in bodies.values()
         for line in lines
+        if "=%" in line or "={%" in line
         for role, names in _CALLED.findall(line)
         if role in ("calls", "to_apply")
         for name in re.findall(r"%([\w.\-]+)", names)
@@ -105,18 +110,23 @@ def totals(found: list[Collective]) -> dict[str, dict[str, int]]:
 
 
 def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield (name, lines) of every computation; the entry's name is ""."""
+    """Yield (name, lines) of every computation; the entry's name is "".
+
+    An instruction is one line here. A kernel's has more in the text, of which the last begins "}}".
+    """
     name: str | None = None
     lines: list[str] = []
     for line in hlo.splitlines():
         if name is None:
             if match := _COMPUTATION.match(line):
                 name, lines = "" if match[1] else match[2], []
-        elif line.startswith("}"):
+        elif line.startswith("  "):
+            lines.append(line)
+        elif line.startswith("}") and not line.startswith("}}"):
             yield name, lines
             name = None
-        else:
-            lines.append(line)
+        elif lines:
+            lines[-1] += line
 
 
 def _times(bodies: dict[str, list[str]]) -> dict[str, int]:
@@ -129,6 +139,8 @@ def _times(bodies: dict[str, list[str]]) -> dict[str, int]:
         times[""] = 1
     for name in reversed(bodies):
         for line in bodies[name] if times[name] else ():
+            if "=%" not in line and "={%" not in line:
+                continue
             loop = _turns(line, bodies[name], bodies) if " while(" in line else 1
             for role, names in _CALLED.findall(line):
                 turns = loop if role in ("body", "condition") else 1

@@ -317,6 +317,8 @@ def _refusal(error: str, config: ConfigDict, where: Slice, what: str) -> str:
     if size is None and "RESOURCE_EXHAUSTED" not in error:
         return f"{where.topology}: does not compile: {' '.join(error.split())[:400]}"
     told = f": it takes {size[1]} {size[2]}iB of {size[3]} {size[4]}iB a chip" if size else ""
+    if size is None:
+        told = f" ({' '.join(error.split())[:400]})"
     help_ = advice(config, len(where.devices), what)
     return f"{where.topology}: does not fit{told}; what would help: {help_}"
 
