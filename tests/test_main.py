@@ -63,6 +63,9 @@ CASES: dict[str, tuple[list[str], str]] = {
         [TINY, "--workdir=W", "--config.train.remat=maybe"],
         "error: [train.remat]: not usable, expected one of none, attention, matmuls, blocks, found",
     ),
+    "no such effort": (
+        [TINY, "--workdir=W", "--effort=O9"], "error: [--effort]: value should be one of <O0|O1|",
+    ),
     "a group": ([TINY, "--workdir=W", "--config.train=3"], "error: [--config.train]: "),
     "no such config": (["--config=configs/none.py", "--workdir=W"], "error: [--config]: "),
     "out of range": (
@@ -118,3 +121,18 @@ def test_help_teaches(answers: dict[str, tuple]):
 
 def test_main_is_flags_and_wiring_only():
     assert len((Path(ROOT) / "tiue_jax" / "main.py").read_text().splitlines()) < 100
+
+
+def test_the_effort_reaches_the_compiler() -> None:
+    """Of all programs, so it is set before anything is compiled."""
+    code = """
+import jax
+from tiue_jax import main
+from tiue_jax.io.errors import run_command
+main.train = lambda *args: print(jax.config.values["jax_optimization_level"])
+run_command(main.main, ["main.py", "--config=configs/tiny.py", "--workdir=W", "--effort=O1"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "O1\n"

@@ -27,6 +27,7 @@ step; if one fails or dies, all stop. A checkpoint goes on on any number of host
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -47,6 +48,10 @@ MULTIHOST = flags.DEFINE_bool(
 HOST_TIMEOUT = flags.DEFINE_float(
     "host_timeout", 60.0, "Seconds without a sign of life after which a host counts as dead."
 )
+EFFORT = flags.DEFINE_enum(
+    "effort", None, ["O0", "O1", "O2", "O3"], "The compiler's, the same on all hosts. O1 is sooner"
+    " done than O2, JAX's default for TPUs, and may run slower: docs/scaling.md."
+)  # fmt: skip
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -54,6 +59,8 @@ def main(argv: Sequence[str]) -> None:
     """Run one distillation."""
     if len(argv) > 1:
         raise InputError("arguments are given as --name=value", found=" ".join(argv[1:]))
+    if EFFORT.value is not None:
+        jax.config.update("jax_optimization_level", EFFORT.value)
     with join(
         coordinator=COORDINATOR.value,
         num_processes=NUM_PROCESSES.value,

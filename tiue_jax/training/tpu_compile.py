@@ -276,7 +276,7 @@ def compile_program(
         seconds=seconds,
         effort=effort,
         jax=jax.__version__,
-        compiler=where.devices[0].client.platform_version.splitlines()[0],
+        compiler=", ".join(where.devices[0].client.platform_version.splitlines()),
         compiler_flags=os.environ.get("LIBTPU_INIT_ARGS", ""),
     )
 
