@@ -138,6 +138,8 @@ def test_what_does_not_fit_says_what_would_help() -> None:
     assert "batch_size below 64" in advice(big, 8, "sample")
     big.train.batch_size = 8
     assert "accumulate" not in advice(big, 8, "train")
+    unsized = tpu_compile._refusal("RESOURCE_EXHAUSTED: no\n size", big, where, "train")
+    assert unsized.startswith("v5e:2x4: does not fit (RESOURCE_EXHAUSTED: no size); what would")
     assert "does not compile: INTERNAL: no" in tpu_compile._refusal(
         "INTERNAL:  no", big, where, "train"
     )

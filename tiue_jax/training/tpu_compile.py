@@ -313,12 +313,13 @@ def advice(config: ConfigDict, chips: int, what: str) -> str:
 
 def _refusal(error: str, config: ConfigDict, where: Slice, what: str) -> str:
     """Say in a line why a program does not compile."""
-    size = _TOO_LARGE.search(error)
+    size, said = _TOO_LARGE.search(error), " ".join(error.split())[:400]
     if size is None and "RESOURCE_EXHAUSTED" not in error:
-        return f"{where.topology}: does not compile: {' '.join(error.split())[:400]}"
-    told = f": it takes {size[1]} {size[2]}iB of {size[3]} {size[4]}iB a chip" if size else ""
+        return f"{where.topology}: does not compile: {said}"
     if size is None:
-        told = f" ({' '.join(error.split())[:400]})"
+        told = f" ({said})"
+    else:
+        told = f": it takes {size[1]} {size[2]}iB of {size[3]} {size[4]}iB a chip"
     help_ = advice(config, len(where.devices), what)
     return f"{where.topology}: does not fit{told}; what would help: {help_}"
 
