@@ -5,8 +5,8 @@
 
 Nothing is read but the config: --shapes names the teacher's networks. Needs libtpu, whose compiler
 runs on any machine: pip install "jax[tpu]". Full-size training takes it half an hour and 15 GB on
-two cores at --effort=O1, which searches no tilings; at O2, as a run compiles unless
-JAX_OPTIMIZATION_LEVEL says O1, it was not done after 105 minutes. --nocompile tells parameters and
+two cores at --effort=O1, which searches no tilings; at O2, as a run compiles unless it
+is given --effort=O1 too, it was not done after 105 minutes. --nocompile tells parameters and
 operations in a minute. LIBTPU_INIT_ARGS gives it options, as it does in a run. Exit code 1: it does
 not fit; the line says what would help.
 
