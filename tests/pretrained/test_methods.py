@@ -76,6 +76,9 @@ def test_the_folders_of_diffusers_lcm_pipeline_are_read(tmp_path: Path) -> None:
     edit_json(folder / _SCHEDULER, original_inference_steps="many")
     with pytest.raises(ValueError, match="original_inference_steps 'many'"):
         original_steps(load_stable_diffusion(folder, parts=()))
+    edit_json(folder / _SCHEDULER, original_inference_steps=50, timestep_scaling=8.0)
+    with pytest.raises(ValueError, match=r"timestep_scaling 8\.0 .*: expected 10\.0"):
+        original_steps(load_stable_diffusion(folder, parts=()))
 
 
 @pytest.mark.parametrize("scale", ["nan", "inf", "much"])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from tiue_jax.diffusion.lcm import ORIGINAL_STEPS
+from tiue_jax.diffusion.lcm import ORIGINAL_STEPS, TIMESTEP_SCALING
 from tiue_jax.pretrained.folder import StableDiffusion
 
 
@@ -82,9 +82,17 @@ def original_steps(model: StableDiffusion) -> int:
     """Return of how many steps the solver was that an LCM was distilled with: 50 if none says.
 
     Raises:
-        ValueError: the scheduler's config says something that is no number of steps.
+        ValueError: the scheduler's config says something that is no number of steps, or scales
+            timesteps otherwise than every published LCM does.
     """
-    value = model.configs.get("scheduler", {}).get("original_inference_steps", ORIGINAL_STEPS)
+    scheduler = model.configs.get("scheduler", {})
+    scaling = scheduler.get("timestep_scaling", TIMESTEP_SCALING)
+    if scaling != TIMESTEP_SCALING:
+        raise ValueError(
+            f"timestep_scaling {scaling!r} in scheduler_config.json: expected {TIMESTEP_SCALING}, "
+            "the one that is computed with"
+        )
+    value = scheduler.get("original_inference_steps", ORIGINAL_STEPS)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"original_inference_steps {value!r} in scheduler_config.json: a number")
     return value
