@@ -56,6 +56,7 @@ OPTIONS = {
     "lambda_kl": 0.1,
     "clip_tau": 0.0,
 }
+CLIP_WEIGHT = 0.07  # not the default, so that a replay has to read it
 
 
 def write_model(folder: Path) -> Path:
@@ -115,6 +116,7 @@ def write_record(model: StableDiffusion, folder: Path, clip_tau: float = 0.0) ->
         lora_alpha=5.0,
         lora_targets=("to_k", "to_out_0"),
         clip_tau=clip_tau,
+        clip_weight=CLIP_WEIGHT,
         clip_iterations=float(ITERATIONS),
     )
     text_image, auxiliary = load_text_image(model, options)
@@ -155,8 +157,8 @@ def write_record(model: StableDiffusion, folder: Path, clip_tau: float = 0.0) ->
         "options": OPTIONS
         | {
             "clip_tau": clip_tau,
-            "clip_weight": f"0.1 * (1 - step / steps_per_epoch), steps_per_epoch = {ITERATIONS}, "
-            "step = 0, 1",
+            "clip_weight": f"{CLIP_WEIGHT} * (1 - step / steps_per_epoch), "
+            f"steps_per_epoch = {ITERATIONS}, step = 0, 1",
         },
         "prompts": PROMPTS,
         "draw_kinds": list(KINDS) * ITERATIONS,
