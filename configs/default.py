@@ -74,7 +74,7 @@ def get_config() -> ConfigDict:
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices that split the batch; -1: all that are left
-    config.mesh.fsdp = 1  # devices that split batch and weights
+    config.mesh.fsdp = 1  # devices that split batch and weights; both -1: up to 8 of them
     config.mesh.shard_teacher = True  # the frozen teacher too; False: whole on every device
 
     config.log = ConfigDict()

@@ -72,6 +72,10 @@ CASES: dict[str, tuple[list[str], str]] = {
         [TINY, "--workdir=W", "--config.train.batch_size=0"],
         "error: [train.batch_size]: not usable, expected 1 to inf, found 0",
     ),
+    "a bucket": (
+        [TINY, "--workdir=gs://bucket/run"],
+        "error: gs://bucket/run [--workdir]: is not a folder; a bucket is mounted as one",
+    ),
     "argument": ([TINY, "--workdir=W", "now"], "error: arguments are given as --name=value"),
     "no teacher": (
         [TINY, "--workdir=W", "--config.teacher=nowhere", "--config.data.source=P"],

@@ -7,8 +7,10 @@ overridden: --config.train.batch_size=16 --config.data.source=prompts.txt. The o
 line's: --config first.
 
 In the workdir come metrics.jsonl, tensorboard/ (`tensorboard --logdir=WORKDIR`), images/ (the
-validation prompts, always from the same noise), checkpoints/, and at the end student/: an ordinary
-diffusers folder, for `python -m tiue_jax.sample --model=WORKDIR/student`.
+validation prompts, always from the same noise), checkpoints/, .jax_cache/ (compiled programs, so
+that a run that goes on compiles nothing; unless JAX_COMPILATION_CACHE_DIR names another folder),
+and at the end student/: an ordinary diffusers folder, for
+`python -m tiue_jax.sample --model=WORKDIR/student`.
 
 The same command again resumes the run bit for bit. A config, teacher or prompts that have changed
 are refused; log, checkpoint and mesh may change, and train.iterations where the learning rate is
@@ -20,8 +22,9 @@ pods and where SLURM, Kubernetes or Open MPI started it; elsewhere with, on host
 
     --coordinator=HOST0:PORT --num_processes=N --process_id=I
 
-The hosts first compare config, code, prompts and teacher. A signal to one stops all at the same
-step; if one fails or dies, all stop. A checkpoint goes on on any number of hosts and devices.
+The hosts first compare config, code, compiler options, prompts and teacher. A signal to one stops
+all at the same step; if one fails or dies, all stop. A checkpoint goes on on any number of hosts
+and devices.
 """
 
 from collections.abc import Sequence
@@ -59,6 +62,13 @@ def main(argv: Sequence[str]) -> None:
     """Run one distillation."""
     if len(argv) > 1:
         raise InputError("arguments are given as --name=value", found=" ".join(argv[1:]))
+    workdir = str(WORKDIR.value)
+    if "://" in workdir:
+        raise InputError(
+            "is not a folder; a bucket is mounted as one (docs/launch.md)",
+            file=workdir,
+            key="--workdir",
+        )
     if EFFORT.value is not None:
         jax.config.update("jax_optimization_level", EFFORT.value)
     with join(
@@ -68,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
         multihost=MULTIHOST.value,
         timeout=HOST_TIMEOUT.value,
     ) as hosts:
-        train(CONFIG.value, Path(str(WORKDIR.value)), hosts)
+        train(CONFIG.value, Path(workdir), hosts)
 
 
 if __name__ == "__main__":

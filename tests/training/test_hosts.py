@@ -1,12 +1,15 @@
 """What hosts share, hold each other to, and leave in a checkpoint; runs are in test_hosts_runs."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import jax
@@ -17,8 +20,9 @@ from tests.training import reshard
 from tests.training.tiny_run import ROOT
 from tiue_jax.data.pipeline import position
 from tiue_jax.io.errors import InputError
+from tiue_jax.training import tpu_compile
 from tiue_jax.training import workdir as workdirs
-from tiue_jax.training.hosts import ALONE, Hosts, code_version, join
+from tiue_jax.training.hosts import ALONE, Hosts, code_version, compiler_options, join
 from tiue_jax.training.workdir import claim
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -57,10 +61,15 @@ def test_flags_that_do_not_go_together_are_refused(flags: dict[str, Any], said: 
 
 
 APART = """
+import os
+from jax._src.clusters import cloud_tpu_cluster
 from tiue_jax.io.errors import run_command
 from tiue_jax.training import hosts
 
-hosts._TOGETHER = 3
+hosts._TOGETHER = WITHIN
+if ON_TPU:  # JAX looked for the chips
+    cloud_tpu_cluster.running_in_cloud_tpu_vm = True
+    os.environ.pop("TPU_SKIP_MDS_QUERY", None)
 
 def main(argv):
     with hosts.join(**ARGUMENTS) as joined:
@@ -71,41 +80,111 @@ run_command(main, ["main.py"])
 """
 
 
-def join_apart(env: dict[str, str] | None = None, /, **arguments: Any) -> tuple[int, str]:
-    """Return exit code and last line of a process that does nothing but join."""
-    done = subprocess.run(
-        [sys.executable, "-c", APART.replace("ARGUMENTS", repr(arguments))],
-        cwd=ROOT, env={"JAX_PLATFORMS": "cpu"} | (env or {}), capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    return done.returncode, (done.stderr if done.returncode else done.stdout).splitlines()[-1]
+def join_apart(
+    *environments: dict[str, str], within: int = 3, on_tpu: bool = False, **arguments: Any
+) -> list[tuple[int, str]]:
+    """Return exit code and last line of processes that do nothing but join."""
+    values = {"ARGUMENTS": arguments, "WITHIN": within, "ON_TPU": on_tpu}
+    code = APART
+    for name, value in values.items():
+        code = code.replace(name, repr(value))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT, env={"JAX_PLATFORMS": "cpu"} | env,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for env in environments or ({},)
+    ]  # fmt: skip
+    texts = [process.communicate(timeout=300) for process in processes]
+    return [
+        (process.returncode, (err if process.returncode else out).splitlines()[-1])
+        for process, (out, err) in zip(processes, texts, strict=True)
+    ]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_hosts_that_do_not_come_together_say_so(index: int):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     said = join_apart(coordinator=address, num_processes=2, process_id=index)
-    assert said == (1, f"error: the hosts did not come together at {address} within 3 s")
+    assert said == [(1, f"error: the hosts did not come together at {address} within 3 s")]
 
 
 def test_an_environment_without_a_cluster_is_refused():
-    code, said = join_apart(multihost=True)
+    [(code, said)] = join_apart(multihost=True)
     assert code == 2
     assert said.startswith("error: [--multihost]: no cluster was found in the environment, found ")
 
 
 def test_a_cluster_may_have_one_host():
     """--multihost on a slice of one host, or a batch job of one task."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     slurm = {
         "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "1",
-        "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "JAX_COORDINATOR_PORT": str(port),
+        "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "JAX_COORDINATOR_PORT": str(free_port()),
     }  # fmt: skip
-    assert join_apart(slurm, multihost=True) == (0, "0 1 [7]")
+    assert join_apart(slurm, multihost=True) == [(0, "0 1 [7]")]
+
+
+TWO = [(0, "0 2 [7, 7]"), (0, "1 2 [7, 7]")]
+
+
+def test_the_workers_of_a_tpu_find_each_other_by_its_metadata():
+    """As on a TPU VM: each asks a server of its own which worker it is, and who the others are."""
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(metadata_server(told_by_google(i, workers=2))) for i in range(2)
+        ]
+        port = str(free_port())
+        environments = [{"GCE_METADATA_IP": s, "JAX_COORDINATOR_PORT": port} for s in servers]
+        assert join_apart(*environments, multihost=True, on_tpu=True, within=60) == TWO
+
+
+def test_the_workers_of_a_tpu_in_kubernetes_find_each_other_by_their_environment():
+    with metadata_server({}) as knows_nothing:
+        shared = {
+            "GCE_METADATA_IP": knows_nothing,
+            "TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.1",
+            "JAX_COORDINATOR_PORT": str(free_port()),
+        }
+        environments = [shared | {"TPU_WORKER_ID": str(i)} for i in range(2)]
+        assert join_apart(*environments, multihost=True, on_tpu=True, within=60) == TWO
+
+
+def told_by_google(index: int, workers: int) -> dict[str, str]:
+    """What the metadata server tells a worker of a TPU slice."""
+    return {
+        "agent-worker-number": str(index),
+        "worker-network-endpoints": ",".join(f"worker:{i}:127.0.0.1" for i in range(workers)),
+        "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-8'\n",
+    }
+
+
+@contextmanager
+def metadata_server(attributes: dict[str, str]) -> Iterator[str]:
+    """A stand-in for Google's metadata server, at the address yielded."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            folder, _, name = self.path.rpartition("/")
+            known = folder == "/computeMetadata/v1/instance/attributes" and name in attributes
+            known = known and self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write(attributes[name].encode() if known else b"")
+
+        def log_message(self, *what: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 def test_a_port_that_is_taken_is_refused():
@@ -166,6 +245,30 @@ def test_a_workdir_that_is_not_shared_is_refused(tmp_path: Path):
         pass
 
 
+def test_the_others_are_shown_a_file_that_is_closed(tmp_path: Path):
+    """A bucket that is mounted shows nothing of the lock, which stays open."""
+    with claim(tmp_path, Pair()):
+        holder = (tmp_path / workdirs._HOLDER_FILE).resolve()
+        assert holder.read_text().split()[0] == str(os.getpid())
+        opened = {Path(os.readlink(link)) for link in Path("/proc/self/fd").iterdir()
+                  if link.exists()}  # fmt: skip
+        assert tmp_path.resolve() / workdirs._LOCK_FILE in opened
+        assert holder not in opened
+        first = holder.read_text()
+    with claim(tmp_path, Pair()):
+        assert holder.read_text() != first, "of another run of the same process"
+
+
+def test_hosts_that_would_compile_another_program_are_told(monkeypatch):
+    first = compiler_options()
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_some_option=true")
+    with pytest.raises(InputError, match=r"\[LIBTPU_INIT_ARGS\]: the hosts differ"):
+        Pair(agree_command=first).agree("command", compiler_options())
+    assert first["--effort"] == "UNKNOWN"
+    with tpu_compile._optimization_level("O1"):
+        assert compiler_options()["--effort"] == "O1"
+
+
 def test_the_lock_of_another_run_is_not_taken_for_the_first_hosts(tmp_path: Path):
     (tmp_path / "lock").write_text("1")
     assert workdirs._sees(tmp_path / "lock", "1", 0.0)
@@ -178,9 +281,7 @@ def test_the_lock_of_another_run_is_not_taken_for_the_first_hosts(tmp_path: Path
 
 @contextmanager
 def two_hosts(*arguments: object) -> Iterator[list[subprocess.Popen[str]]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     processes = [
         subprocess.Popen(

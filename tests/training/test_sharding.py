@@ -205,7 +205,7 @@ def test_every_parameter_has_a_rule() -> None:
     assert not found.unmatched
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (-1, 3), (0, 8), (-1, -1), (8, 2), (-2, 4)])
+@pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (-1, 3), (0, 8), (8, 2), (-2, 4)])
 def test_meshes_that_do_not_fit_are_refused(data: int, fsdp: int) -> None:
     with pytest.raises(ValueError, match="expected 8 devices in all"):
         make_mesh(data, fsdp)
@@ -215,6 +215,10 @@ def test_meshes() -> None:
     assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1}
     assert dict(make_mesh(2, -1).shape) == {"data": 2, "fsdp": 4}
     assert dict(make_mesh(1, 1, jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1}
+    assert make_mesh(1, -1).shape["fsdp"] == 8
+    for count, (data, fsdp) in {1: (1, 1), 4: (1, 4), 6: (3, 2), 8: (1, 8)}.items():
+        assert make_mesh(-1, -1, jax.devices()[:count]).shape == {"data": data, "fsdp": fsdp}
+    assert make_mesh(-1, -1, [*range(256)]).shape == {"data": 32, "fsdp": 8}
 
 
 @pytest.mark.parametrize("batch", [0, 4, 12])

@@ -400,6 +400,13 @@ def code_version() -> dict[str, str]:
     }
 
 
+def compiler_options() -> dict[str, str]:
+    """Return what else decides which program a host compiles: all have to run the same one."""
+    names = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+    effort = str(jax.config.values["jax_optimization_level"])
+    return {**{name: os.environ.get(name, "") for name in names}, "--effort": effort}
+
+
 def _last_line(error: BaseException) -> str:
     """Return an exception in one line, as the last of its traceback."""
     text = traceback.format_exception_only(error)[-1].strip() if str(error) else repr(error)

@@ -23,14 +23,14 @@ from tiue_jax.training import sharding
 from tiue_jax.training.checkpoint import Checkpoints
 from tiue_jax.training.config import flatten, refuse_changes
 from tiue_jax.training.export import export_student
-from tiue_jax.training.hosts import ALONE, Hosts, code_version
+from tiue_jax.training.hosts import ALONE, Hosts, code_version, compiler_options
 from tiue_jax.training.preemption import catch_signals
 from tiue_jax.training.setup import Setup, set_up
 from tiue_jax.training.state import TrainState
 from tiue_jax.training.summaries import Progress, StepClock, Summaries, Window, say
 from tiue_jax.training.validation import make_validation
 from tiue_jax.training.watchdog import watchdog
-from tiue_jax.training.workdir import claim, write_run
+from tiue_jax.training.workdir import cache_programs, claim, write_run
 
 STUDENT_FOLDER = "student"
 
@@ -48,11 +48,12 @@ def train(config: ConfigDict, workdir: Path, hosts: Hosts = ALONE) -> None:
     end, log = config.train.iterations, config.log
     with ExitStack() as stack, hosts.stop_together():
         # ---- Read ---------------------------------------------------------------------------
-        hosts.agree("command", flatten(config) | code_version())
+        finished = stack.enter_context(watchdog(log.stuck_after, host=hosts.index))
+        hosts.agree("command", flatten(config) | code_version() | compiler_options())
         stack.enter_context(claim(workdir, hosts))
+        stack.enter_context(cache_programs(workdir))
         stopping = stack.enter_context(catch_signals(hosts))
         run = set_up(config, say, hosts)
-        finished = stack.enter_context(watchdog(log.stuck_after, host=hosts.index))
         key_init, key_draws, key_images = jax.random.split(jax.random.key(config.seed), 3)
 
         # ---- Restore: the newest whole checkpoint, else the teacher's weights ------------------
@@ -137,6 +138,8 @@ def _announce(run: Setup, state: TrainState, start: int, end: int) -> None:
         devices += f" on {jax.process_count()} hosts"
     say(f"LoRA: {count(state.lora):,} parameters; {devices}")
     say(f"state: {sharding.placement(run.abstract, run.mesh)}")
+    if run.description["config"]["mesh.shard_teacher"]:
+        say(f"teacher: {sharding.placement(run.frozen, run.mesh)}")
     repeats = f" ({run.prompts.repeats:,} repeats left out)" if run.prompts.repeats else ""
     say(f"prompts {run.prompts.source}: {len(run.prompts):,}{repeats}")
     begun = run.description["config"]["student.start"] or "the teacher"

@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from tiue_jax.training.state import Frozen, TrainState
 
+_TOGETHER = 8  # devices that hold one state, where the config does not say
 BATCH = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()
 
@@ -37,14 +38,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list[Any] | None = None) -
     """A mesh with the axes data x fsdp.
 
     Args:
-        data, fsdp: sizes; one of them may be -1: all devices that the other leaves.
+        data, fsdp: sizes; one of them may be -1: all devices that the other leaves. Both: as many
+            in `fsdp` as divide 8 and the devices, so that eight hold a large model's state between
+            them wherever there are eight, and one device works too.
         devices: all devices of the process group unless given.
     Raises:
         ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    count, sizes = len(devices), [data, fsdp]
-    if sizes.count(-1) == 1:
+    count = len(devices)
+    sizes = [data, math.gcd(count, _TOGETHER) if data == fsdp == -1 else fsdp]
+    if -1 in sizes:
         other = max(sizes)
         if other > 0 and count % other == 0:
             sizes[sizes.index(-1)] = count // other

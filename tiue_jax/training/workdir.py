@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from tiue_jax.io.errors import InputError
 from tiue_jax.io.files import write_atomic
@@ -19,6 +21,8 @@ from tiue_jax.training.hosts import ALONE, Hosts
 
 RUN_FILE = "run.json"
 _LOCK_FILE = ".lock"
+_HOLDER_FILE = ".holder"
+_CACHE_FOLDER = ".jax_cache"
 _PATIENCE = 10.0  # seconds for a file to be seen on other hosts
 
 
@@ -53,16 +57,12 @@ def claim(workdir: Path, hosts: Hosts = ALONE) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
             raise InputError(
                 "a run is going on in this folder",
                 file=workdir,
                 key="--workdir",
-                found=f"process {holder or '?'}",
+                found=f"process {_holder(workdir)}",
             ) from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        os.fsync(descriptor)
         _check_shared(workdir, hosts)
         yield
     finally:
@@ -70,9 +70,16 @@ def claim(workdir: Path, hosts: Hosts = ALONE) -> Iterator[None]:
 
 
 def _check_shared(workdir: Path, hosts: Hosts) -> None:
-    """Hold all hosts to see the lock that the first has just taken."""
-    holder = hosts.share("workdir claimed", os.getpid())[0]
-    seen = hosts.share("workdir seen", _sees(workdir / _LOCK_FILE, str(holder), _PATIENCE))
+    """Hold all hosts to see what the first has just written: who it is, in a file of its own.
+
+    Not in the lock, which stays open: a bucket that is mounted shows others only files that were
+    closed.
+    """
+    holder = f"{os.getpid()} {secrets.token_hex(8)}\n"
+    if hosts.index == 0:
+        write_atomic(workdir / _HOLDER_FILE, holder)
+    holder = hosts.share("workdir claimed", holder)[0]
+    seen = hosts.share("workdir seen", _sees(workdir / _HOLDER_FILE, holder, _PATIENCE))
     if not all(seen):
         raise InputError(
             f"host {seen.index(False)} does not see what host 0 writes here",
@@ -80,6 +87,14 @@ def _check_shared(workdir: Path, hosts: Hosts) -> None:
             key="--workdir",
             expected="one folder that all hosts share",
         )
+
+
+def _holder(workdir: Path) -> str:
+    """Return the number of the process that holds the folder; "?" where it does not say."""
+    try:
+        return (workdir / _HOLDER_FILE).read_text(errors="replace").split()[0]
+    except (OSError, IndexError):
+        return "?"
 
 
 def _sees(file: Path, content: str, seconds: float) -> bool:
@@ -90,6 +105,25 @@ def _sees(file: Path, content: str, seconds: float) -> bool:
             return False
         time.sleep(0.2)
     return True
+
+
+@contextmanager
+def cache_programs(workdir: Path) -> Iterator[None]:
+    """Keep compiled programs in the workdir, where nothing says another place for them.
+
+    Process 0 writes them and all read them (JAX's rule), so on many hosts the folder has to be one
+    that all share: then a run that goes on, on these machines or on others, compiles nothing.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        yield
+        return
+    jax.config.update("jax_compilation_cache_dir", str(workdir / _CACHE_FOLDER))
+    compilation_cache.reset_cache()  # JAX settled at its first program that there is none
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
 
 
 def write_run(workdir: Path, description: Mapping[str, Any]) -> None:
