@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -35,7 +36,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "KIND:SHAPE of the slice.
 _WHAT = flags.DEFINE_enum("what", "train", sorted(PROGRAMS), "An iteration, or a batch of images.")
 _COMPILE = flags.DEFINE_bool("compile", True, "False: only parameters and flops, in a minute.")
 _EFFORT = flags.DEFINE_enum("effort", "O1", EFFORTS, "The compiler's. O2 is a run's, and slow.")
-_OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+_OUT = flags.DEFINE_string("out", None, "JSON file to write, also where it does not fit.")
 _TEXT = flags.DEFINE_string("text", None, "File for the compiled program's text, gzipped.")
 flags.mark_flags_as_required(["config"])
 
@@ -55,7 +56,14 @@ def main(argv: Sequence[str]) -> None:
     print(f"  flops        {known.flops / 1e12:9.3f} T, at least {compute:.4f} s", flush=True)
     if not _COMPILE.value:
         return
-    report = compile_program(*asked, _EFFORT.value, known, _TEXT.value)
+    told = {"shapes": _SHAPES.value, "config": flatten(_CONFIG.value)}
+    try:
+        report = compile_program(*asked, _EFFORT.value, known, _TEXT.value)
+    except RunError as error:
+        refused = {"topology": where.topology, "chips": count, "what": _WHAT.value}
+        refused |= {"parameters": known.parameters, "flops": known.flops, "refused": str(error)}
+        _write(refused | {"effort": _EFFORT.value} | told)
+        raise
     bounds = report.bounds(where.chip)
     limit = max(bounds, key=lambda name: bounds[name])
     for name in ("arguments", "outputs", "aliased", "temporaries", "peak"):
@@ -70,12 +78,15 @@ def main(argv: Sequence[str]) -> None:
     for kind, entry in sorted(report.collectives.items()):
         print(f"    {kind}: {entry['times']} a run, {entry['bytes'] / 1e6:.1f} MB")
     print(f"  at least {bounds[limit]:.4f} s, bound by {limit}; compiled in {report.seconds:.0f} s")
-    if _OUT.value:
-        told = {"shapes": _SHAPES.value, "config": flatten(_CONFIG.value), "bounds": bounds}
-        write_atomic(_OUT.value, json.dumps(report.to_json() | told, indent=1) + "\n")
+    _write(report.to_json() | told | {"bounds": bounds})
     if report.peak > report.memory:
         helps = advice(_CONFIG.value, report.chips, _WHAT.value)
         raise RunError(f"{report.topology}: does not fit; what would help: {helps}")
+
+
+def _write(content: dict[str, Any]) -> None:
+    if _OUT.value:
+        write_atomic(_OUT.value, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

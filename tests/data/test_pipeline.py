@@ -1,3 +1,4 @@
+import time
 from collections.abc import Sequence
 
 import grain
@@ -26,6 +27,21 @@ def test_batches_hold_texts_and_their_ids():
     batch = next(make())
     assert batch["input_ids"].dtype == np.int32
     np.testing.assert_array_equal(batch["input_ids"], tokenize(batch["prompts"]))
+
+
+def test_batches_are_read_before_they_are_asked_for():
+    begun: list[str] = []
+
+    def noted(texts: Sequence[str]) -> np.ndarray:
+        begun.append(texts[0])
+        return tokenize(texts)
+
+    batches = make_batches(PROMPTS, noted, batch_size=4, seed=5)
+    next(batches)
+    deadline = time.monotonic() + 60
+    while len(begun) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(begun) >= 4, "three more, while the first is computed with"
 
 
 def test_every_prompt_comes_once_an_epoch_in_another_order_and_batches_straddle_epochs():

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -419,14 +421,37 @@ def test_nothing_waits_for_the_device_between_logs(config, workdir: Path, monkey
     config.checkpoint.every = 6
     steps: list[int] = []
     waited: list[int] = []
-    append, get, wait = summaries.Window.append, jax.device_get, jax.block_until_ready
+    append, wait = summaries.Window.append, jax.block_until_ready
+    array = type(jnp.zeros(()))
+    value = array._value  # what float, bool, str and device_get of an array come to
     monkeypatch.setattr(
         summaries.Window, "append", lambda s, n, m: (steps.append(n), append(s, n, m))[1]
     )
-    monkeypatch.setattr(jax, "device_get", lambda x: (waited.append(steps[-1:]), get(x))[1])
+    monkeypatch.setattr(
+        array, "_value", property(lambda x: (waited.append(steps[-1:]), value.__get__(x))[1])
+    )
     monkeypatch.setattr(jax, "block_until_ready", lambda x: (waited.append(steps[-1:]), wait(x))[1])
     train(config, workdir)
     assert {n for [n] in filter(None, waited)} == {1, 4, 6, 8, 12}
+
+
+def test_a_stuck_run_is_watched_for_from_its_beginning(config, workdir: Path, monkeypatch):
+    told: list[Any] = []
+
+    @contextmanager
+    def watchdog(seconds: float, *, host: int) -> Iterator[Callable[[int], None]]:
+        told.append((seconds, host))
+        yield told.append
+
+    def set_up(*arguments: Any) -> Any:
+        told.append("read")
+        return setup.set_up(*arguments)
+
+    monkeypatch.setattr(loop, "watchdog", watchdog)
+    monkeypatch.setattr(loop, "set_up", set_up)
+    config.log.stuck_after = 77
+    train(config, workdir)
+    assert told == [(77, 0), "read", 1, 2, 3, 4]
 
 
 def test_nothing_goes_to_the_device_unsaid(config, workdir: Path, monkeypatch):

@@ -145,6 +145,56 @@ def test_what_does_not_fit_says_what_would_help() -> None:
     )
 
 
+TOO_LARGE = """
+import sys
+import jax
+from tests.training.test_tpu_compile import SMALL
+from tiue_jax import compile as command
+from tiue_jax.io.errors import RunError, run_command
+from tiue_jax.training.chips import CHIPS, Slice
+
+def refuse(*arguments):
+    raise RunError("cpu:8: does not fit: as the compiler says")
+
+tiny_chip = CHIPS["v5e"]._replace(memory=1000)
+command.tpu_slice = lambda name: Slice(name, tiny_chip, jax.devices())
+command.variant = lambda name: SMALL
+if "refused" in sys.argv[0]:
+    command.compile_program = refuse
+run_command(command.main)
+"""
+
+
+@pytest.mark.parametrize("how", ["compiled", "refused"])
+def test_the_command_ends_with_1_where_it_does_not_fit_and_keeps_what_is_known(
+    how: str, tmp_path: Path
+) -> None:
+    """Compiled for eight CPU devices, said to have a kilobyte each."""
+    script, out = tmp_path / f"{how}.py", tmp_path / "report.json"
+    script.write_text(TOO_LARGE)
+    done = subprocess.run(
+        [
+            sys.executable, str(script), f"--config={ROOT}/configs/tiny.py", "--topology=cpu:8",
+            "--what=sample", "--config.train.batch_size=8", f"--out={out}",
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    said = done.stderr.splitlines()[-1]
+    told = json.loads(out.read_text())
+    assert (told["chips"], told["what"], told["config"]["train.batch_size"]) == (8, "sample", 8)
+    assert told["flops"] > 0 and told["parameters"]["parameters"] > 0
+    if how == "refused":
+        assert said == "error: cpu:8: does not fit: as the compiler says"
+        assert told["refused"] == said.removeprefix("error: ")
+    else:
+        assert said == (
+            "error: cpu:8: does not fit; what would help: --config.train.batch_size below 8, or "
+            "a larger --topology"
+        )
+        assert told["peak"] > told["memory"] == 1000
+
+
 def run(*flags: str, path: str) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
     env |= {"PYTHONPATH": path, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
