@@ -10,8 +10,9 @@
 # Makes a queued resource NAME with the node NAME, spot or on demand (SPOT). What is there already
 # is kept and waited for; what was preempted (SUSPENDED, FAILED) is deleted and asked for again.
 # A creation that fails for want of capacity is repeated CREATE_ATTEMPTS times, RETRY_SECONDS apart,
-# doubling up to a quarter of an hour; one refused for another reason is not repeated. The wait in
-# the queue ends after WAIT_HOURS.
+# doubling up to a quarter of an hour; one refused for another reason is not repeated. A deletion
+# that fails, unless for want of a permission, is tried ten times. The wait in the queue ends after
+# WAIT_HOURS.
 #
 # Exit code: 0 the node is READY; 1 given up; 2 the settings are wrong; else gcloud's.
 
@@ -32,7 +33,8 @@ fi
 # What may be otherwise a minute later; anything else (a permission, a wrong name) will not.
 PASSING='RESOURCE_EXHAUSTED|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|INTERNAL|ALREADY_EXISTS|quota'
 
-attempts=0 unknown=0 deadline=$((SECONDS + WAIT_HOURS * 3600)) shown='' pause=$RETRY_SECONDS
+attempts=0 unknown=0 undeleted=0 shown='' pause=$RETRY_SECONDS
+deadline=$((SECONDS + WAIT_HOURS * 3600))
 
 # Counts a creation that came to nothing, and waits before the next. Args: exit code to end with.
 try_later() {
@@ -61,8 +63,20 @@ while true; do
       fi
       ;;
     DEAD)
-      delete_pod || fail $? "$NAME: gcloud could not delete it"
-      if ((attempts)); then try_later 1; fi # a first one is a preemption, not a failed creation
+      code=0
+      delete_pod 2>"$TMP/delete" || code=$?
+      cat "$TMP/delete" >&2
+      if ((code)); then # its preemption may still be going on
+        undeleted=$((undeleted + 1))
+        if ((undeleted == 10)) || grep -q PERMISSION_DENIED "$TMP/delete"; then
+          fail "$code" "$NAME: gcloud could not delete it"
+        fi
+        say "not deleted; trying again in $RETRY_SECONDS s"
+        sleep "$RETRY_SECONDS"
+      else
+        undeleted=0
+        if ((attempts)); then try_later 1; fi # a first one is a preemption, not a failed creation
+      fi
       ;;
     WAITING)
       ((SECONDS < deadline)) ||

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Deletes the TPU, which ends its cost. What a run has saved in its bucket stays.
+# Deletes the TPU, which ends its cost. What a run has saved in its bucket stays; the package of its
+# code goes (setup_tpu.sh), so that the next TPU of this name begins with the code of then.
 #
 #   launch/delete_tpu.sh [--dry-run] [SETTINGS]        SETTINGS: launch/pod.env by default
 #
@@ -15,9 +16,15 @@ if [[ $DRY_RUN == no ]]; then
   pod_state
   if [[ $STATE == UNKNOWN ]]; then fail "$STATE_CODE" "$NAME: gcloud cannot describe it"; fi
   if [[ $STATE == ABSENT ]]; then
+    rm -f "$PACKAGE"
     say "$NAME: there is none"
     exit 0
   fi
 fi
 delete_pod || fail $? "$NAME: gcloud could not delete it"
-if [[ $DRY_RUN == no ]]; then say "$NAME: deleted"; fi
+if [[ $DRY_RUN == yes ]]; then
+  echo "# the package of the code, $PACKAGE, is deleted"
+else
+  rm -f "$PACKAGE"
+  say "$NAME: deleted"
+fi

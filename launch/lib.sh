@@ -147,6 +147,7 @@ complete_settings() {
   fi
   ARGS+=(${EXTRA[@]+"${EXTRA[@]}"})
   PLACE=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
+  PACKAGE=${XDG_CACHE_HOME:-$HOME/.cache}/tiue_jax/$NAME.tgz # of the code, see setup_tpu.sh
   WORKDIR_BUCKET=$(bucket_of "$WORKDIR")
   mapfile -t BUCKETS < <({
     bucket_of "$WORKDIR"

@@ -19,6 +19,7 @@ cd "$HERE"
 
 fail() {
   local text="${*:2}"
+  trap - EXIT
   printf 'error: %s\n' "${text//[[:cntrl:]]/ }" >&2
   exit "$1"
 }
@@ -32,11 +33,30 @@ put() {
 # ---- Setting up -----------------------------------------------------------------------------
 
 setup() {
+  exec 8>setup.lock && flock 8 # two set-ups at once are one after the other
+  # Exit codes of tools are not ours: the 2 of tar or uv is no bad input.
+  trap '(($? == 0)) || fail 1 "$(hostname): set-up failed: $BASH_COMMAND"' EXIT
+  prepare "$@" 8>&- # gcsfuse stays when this has ended, and must not hold the lock
+}
+
+# Runs a command that needs the network, or a lock of the system, up to three times.
+retry() {
+  local tries code
+  for tries in 1 2 3; do
+    code=0
+    "$@" || code=$?
+    if ((code == 0)); then return; fi
+    if ((tries < 3)); then sleep "${TIUE_RETRY_SECONDS:-20}"; fi
+  done
+  fail 1 "$(hostname): failed $tries times, the last with exit code $code: $*"
+}
+
+prepare() {
   local repo=$1 branch=$2 workdir_bucket=$3 bucket
   ! is_running || fail 2 "$(hostname): a training runs here, expected none: train_pod.sh --stop"
   rm -rf ready source.new
   if [[ -n $repo ]]; then
-    git clone --quiet --depth=1 --branch="$branch" -- "$repo" source.new
+    retry git clone --quiet --depth=1 --branch="$branch" -- "$repo" source.new
   else
     mkdir source.new && tar -C source.new -xzf source.tgz
   fi
@@ -45,36 +65,41 @@ setup() {
   install_python
   for bucket in "${@:4}"; do mount_bucket "$bucket"; done
   if [[ -n $workdir_bucket ]]; then check_renames "$HOME/gcs/$workdir_bucket"; fi
-  (cd source && "$PYTHON" -m tiue_jax.main --help >/dev/null)
+  env -C source "$PYTHON" -m tiue_jax.main --help >/dev/null
   date -u +%FT%TZ | put ready
 }
 
 # The TPU images have Python 3.10, and tiue_jax wants 3.11: uv brings its own.
 install_python() {
   export PATH=$HOME/.local/bin:$PATH
-  command -v uv >/dev/null || python3 -m pip install --quiet --user uv
-  [[ -x $PYTHON ]] || uv venv --quiet --python=3.11 venv
-  uv pip install --quiet --python="$PYTHON" -r source/requirements.txt 'jax[tpu]'
+  command -v uv >/dev/null || retry python3 -m pip install --quiet --user uv
+  [[ -x $PYTHON ]] || retry uv venv --quiet --python=3.11 venv
+  retry uv pip install --quiet --python="$PYTHON" -r source/requirements.txt 'jax[tpu]'
 }
 
 # No caching of names: a worker has to see at once what another one wrote, which gcsfuse does not
-# promise by default. No copying where a rename is asked for, see check_renames.
+# promise by default. No copying where a rename is asked for, see check_renames. No streaming
+# writes, gcsfuse's default since 3.0: fsync would publish nothing before the file is closed, and
+# metrics.jsonl and the run's lock stay open (docs/semantics.md of gcsfuse).
 mount_bucket() {
   local folder=$HOME/gcs/$1
   if mountpoint -q "$folder"; then return; fi
   command -v gcsfuse >/dev/null || install_gcsfuse
   mkdir -p "$folder"
   gcsfuse --implicit-dirs --rename-dir-limit=0 --metadata-cache-ttl-secs=0 \
-    --metadata-cache-negative-ttl-secs=0 --kernel-list-cache-ttl-secs=0 "$1" "$folder"
+    --metadata-cache-negative-ttl-secs=0 --kernel-list-cache-ttl-secs=0 \
+    --enable-streaming-writes=false "$1" "$folder"
 }
 
 install_gcsfuse() { # cloud.google.com/storage/docs/cloud-storage-fuse/install
   local apt=https://packages.cloud.google.com/apt key=/usr/share/keyrings/cloud.google.asc
-  curl -fsSL "$apt/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
-  echo "deb [signed-by=$key] $apt gcsfuse-$(lsb_release -c -s) main" |
-    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-  sudo apt-get update -qq
-  sudo apt-get install -qq -y gcsfuse
+  local patient=(sudo apt-get -o DPkg::Lock::Timeout=600) # a new machine is updating itself
+  retry curl -fsSL -o apt.key "$apt/doc/apt-key.gpg"
+  echo "deb [signed-by=$key] $apt gcsfuse-$(lsb_release -c -s) main" | put gcsfuse.list
+  sudo install -m 644 apt.key "$key" # apt reads it as a user of its own
+  sudo install -m 644 gcsfuse.list /etc/apt/sources.list.d/gcsfuse.list
+  retry "${patient[@]}" update -qq
+  retry "${patient[@]}" install -qq -y gcsfuse
 }
 
 # A checkpoint is a folder that takes its name when it is whole. In a bucket with a hierarchical
@@ -141,7 +166,6 @@ run() {
   local code=0
   trap : TERM INT HUP # for the training, which saves; this shell waits for it
   if [[ -e hf_token ]]; then export HF_TOKEN_PATH=$HERE/hf_token; fi # huggingface_hub reads it
-  export JAX_COMPILATION_CACHE_DIR=$HERE/jax_cache
   printf '== %s: training starts\n' "$(date -u +%FT%TZ)"
   cd source
   "$PYTHON" -m tiue_jax.main "$@" || code=$?
@@ -213,10 +237,10 @@ settle() {
   state
 }
 
+# Signals once, however often it is asked: a second signal would tell the training not to save.
 stop() {
   if is_running; then
-    touch stopped
-    signal_run TERM
+    if (set -C && : >stopped) 2>/dev/null; then signal_run TERM; fi
     await "$1" || fail 1 "$(hostname): still saving after $1 s"
   fi
   state

@@ -7,7 +7,8 @@
 #
 # The code is REPO at BRANCH or, without REPO, this checkout: the files that git tracks, as they are
 # now (`git add` new ones). It is packed once; --keep-source takes the package of the last time, so
-# that train_pod.sh goes on after a preemption with the code it began with.
+# that train_pod.sh goes on after a preemption with the code it began with. The package goes with
+# the TPU (delete_tpu.sh).
 # Buckets of gs:// addresses in WORKDIR and ARGs are mounted at ~/gcs/BUCKET with gcsfuse.
 # The file HF_TOKEN_FILE is copied, mode 600, with scp: a token is on no command line and in no log.
 #
@@ -20,7 +21,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 parse_options "keep-source" "$@"
 
 ROOT=$(dirname "$LAUNCH")
-PACKAGE=${XDG_CACHE_HOME:-$HOME/.cache}/tiue_jax/$NAME.tgz
 
 # The tracked files that are there, in their working state.
 pack() {
@@ -50,7 +50,11 @@ patiently() {
 
 if [[ $DRY_RUN == yes ]]; then
   if [[ -z $REPO ]]; then echo "# the files that git tracks are packed into $PACKAGE"; fi
-elif [[ -z $REPO && ! (-f $PACKAGE && ${FLAG[keep-source]:-no} == yes) ]]; then
+elif [[ -n $REPO ]]; then
+  : # the workers clone it
+elif [[ -f $PACKAGE && ${FLAG[keep-source]:-no} == yes ]]; then
+  say "$NAME: the code is that of $(date -r "$PACKAGE" '+%F %T'); setup_tpu.sh alone packs it anew"
+else
   pack
 fi
 patiently remote_shell all "mkdir -p $REMOTE && chmod 700 $REMOTE"

@@ -15,7 +15,7 @@
 # Starts again, from the newest checkpoint: a run that was told to stop and saved (75); one whose
 # TPU was preempted, which is deleted and created again; one that was killed, but no more than three
 # times in a row within half an hour of its start. MAX_RESTARTS is the limit of all together. Bad
-# input (2) and a failure (1) are not repeated.
+# input (2) and a failure (1) of the training are not repeated; a set-up that fails is, twice.
 #
 # Exit code: 0 done; 1 the training failed, or crashed too often; 2 bad input, here or there;
 # 75 MAX_RESTARTS reached, the same command goes on; 130 Ctrl-C; else gcloud's, which 255 is for a
@@ -64,8 +64,22 @@ bring_up() {
   case $code in
     0) ;;
     "$LOST") cat "$TMP/ready" >&2 && return "$LOST" ;;
-    *) "$LAUNCH/setup_tpu.sh" --keep-source "$SETTINGS" -- ${EXTRA[@]+"${EXTRA[@]}"} ;;
+    *) set_up ;;
   esac
+}
+
+# What fails for a moment is no end of a run of days. Bad input is, and a lost connection or a TPU
+# that is gone is somebody else's matter.
+set_up() {
+  local tries code
+  for tries in 1 2 3; do
+    code=0
+    "$LAUNCH/setup_tpu.sh" --keep-source "$SETTINGS" -- ${EXTRA[@]+"${EXTRA[@]}"} || code=$?
+    case $code in 0 | 2 | "$LOST") return "$code" ;; esac
+    if ((tries == 3)) || is_going_away 0; then return "$code"; fi
+    say "the set-up failed (exit code $code); trying again in $RETRY_SECONDS s"
+    sleep "$RETRY_SECONDS"
+  done
 }
 
 # One stretch: start, or join what is running, and follow to the end. What we started and lost sight
@@ -74,13 +88,13 @@ bring_up() {
 stretch() {
   bring_up || return
   answers state || return
+  reconnects=0 # those of days are none too many, if each one worked
   if (($(count running) < $(count ''))) && [[ $started == no || $(count none) != 0 ]]; then
     if (($(count running))); then answers settle 0 || return; fi # of a start that half succeeded
     on_workers all "${START[@]}" || return
   fi
   started=yes
   on_workers 0 follow || return
-  reconnects=0
   answers settle "$SETTLE_SECONDS" || return
   judge
 }

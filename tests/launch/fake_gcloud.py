@@ -66,11 +66,13 @@ def play(argv: list[str], world: dict) -> int | dict:
     effect = effects.pop(0) if effects else None
     if effect == "drop":
         return LOST
-    if effect == "preempt":
+    if effect in ("preempt", "gone"):
         preempt(world)
-        return LOST
+        return LOST if effect == "preempt" else 1
     if isinstance(effect, int):
         return effect
+    if effect == "twice":
+        return {"homes": homes * 2, "command": command, "times": 1}
     return {"homes": homes, "command": command, "times": 2 if effect == "again" else 1}
 
 
@@ -97,6 +99,10 @@ def queued(verb: str, argv: list[str], world: dict) -> int:
             world["queued"], world["node"] = "ACTIVE", "READY"
         return code
     assert verb == "delete" and "--force" in argv and "--quiet" in argv, argv
+    if world["delete"]:
+        code, text = world["delete"].pop(0)
+        print(text, file=sys.stderr)
+        return code
     world["queued"] = world["node"] = None
     return 0
 
@@ -161,12 +167,20 @@ def copy(source: str, target: str) -> None:
 def ssh(homes: list[str], command: str, times: int) -> int:
     """Run the command on every worker at once, as sshd would; return the first code that is not 0.
 
-    Twice, as gcloud does where a connection breaks, if `times` is 2.
+    Again after its end if `times` is 2, as gcloud does where a connection breaks.
     """
-    codes = []
+    codes: list[int] = []
     for _ in range(times):
         started = [spawn(home, command) for home in homes]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
+        codes = []
+        try:
+            while started:
+                codes.append(os.waitstatus_to_exitcode(os.waitpid(started[0], 0)[1]))
+                del started[0]
+        except KeyboardInterrupt:  # a shell between two children outlives it, with our pipe
+            for process in started:
+                os.kill(process, signal.SIGKILL)
+            raise
     return next((code for code in codes if code), 0)
 
 
@@ -178,6 +192,7 @@ def spawn(home: str, command: str) -> int:
         "TIUE_FAKE": FAKE,
         "TIUE_FOLLOW_SECONDS": "0.1",
         "TIUE_KILL_SECONDS": "1",
+        "TIUE_RETRY_SECONDS": "0",
     }
     process = os.fork()
     if process == 0:

@@ -1,7 +1,8 @@
 """A stand-in for Python on a worker: plays `python -m tiue_jax.main`, after what plan.json says.
 
 plan.json is a list, one entry a start: {"codes": [one a worker]} with, for a code, an exit code,
-"wait" (until SIGTERM, then 75), "hang" (whatever comes), or "die" (by SIGKILL).
+"wait" (until SIGTERM, then 75), "save" (the same after two seconds, in which a second SIGTERM
+kills, as in tiue_jax.training.preemption), "hang" (whatever comes), or "die" (by SIGKILL).
 """
 
 import json
@@ -16,8 +17,17 @@ if "--help" in sys.argv:
 FAKE = Path(os.environ["TIUE_FAKE"])
 home = Path(os.environ["HOME"])
 
-received = []
-signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+received: list[int] = []
+todo: str | int | None = None
+
+
+def note(number: int, frame: object) -> None:
+    received.append(number)
+    if todo == "save":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+signal.signal(signal.SIGTERM, note)
 counter = FAKE / f"starts{home.name}"
 attempt = len(counter.read_text()) if counter.exists() else 0
 counter.write_text("x" * (attempt + 1))
@@ -27,6 +37,7 @@ record = {
     "argv": sys.argv[1:],
     "code": sorted(path.name for path in Path.cwd().iterdir()),
     "token": Path(token).read_text() if token else None,
+    "cache": os.environ.get("JAX_COMPILATION_CACHE_DIR"),
 }
 with open(FAKE / "training.jsonl", "a") as file:
     file.write(json.dumps(record) + "\n")
@@ -42,7 +53,10 @@ if todo == "die":
     if parent > 1 and f"{home}/.tiue_jax/on_worker.sh" in line:
         os.kill(parent, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
-while todo == "hang" or (todo == "wait" and not received):
+while todo == "hang" or (todo in ("wait", "save") and not received):
     time.sleep(0.05)
+if todo == "save":
+    print(f"attempt {attempt}: saves", flush=True)
+    time.sleep(2)
 print(f"attempt {attempt}: ends", flush=True)
-sys.exit(75 if todo == "wait" else todo)
+sys.exit(75 if todo in ("wait", "save") else todo)

@@ -80,7 +80,7 @@ class Pod:
         ):
             self._executable(f"worker_bin/{name}", text)
         self.world(generation=0, workers=1, queued=None, node=None, health="HEALTHY")
-        self.world(states=[], create=[], ssh={})
+        self.world(states=[], create=[], delete=[], ssh={})
         self.plan()
         self.write()
 
@@ -88,6 +88,21 @@ class Pod:
         path = self.fake / name
         path.write_text(text)
         path.chmod(0o755)
+
+    def tool(self, name: str, text: str, failures: int = 0, code: int = 1) -> None:
+        """Put a tool on the workers: a script that notes its arguments, and fails at first."""
+        lines = [
+            "#!/usr/bin/env bash",
+            "set -euo pipefail",
+            f'echo "$*" >>"$HOME/{name}.log"',
+            f'(($(wc -l <"$HOME/{name}.log") > {failures})) || exit {code}',
+            text,
+        ]
+        self._executable(f"worker_bin/{name}", "\n".join(lines) + "\n")
+
+    def tool_calls(self, name: str) -> list[str]:
+        """How worker 0 called a tool."""
+        return (self.worker().parent / f"{name}.log").read_text().splitlines()
 
     def world(self, **changes: Any) -> dict[str, Any]:
         """Change what there is and what will happen."""

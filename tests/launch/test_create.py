@@ -42,6 +42,22 @@ def test_what_was_preempted_is_deleted_and_created_again(pod: Pod, state: list[s
     assert pod.world()["node"] == "READY"
 
 
+def test_a_deletion_that_fails_is_repeated(pod: Pod) -> None:
+    """The machines of a preempted node may still be going away."""
+    pod.world(queued="SUSPENDED", delete=[[1, "ERROR: no network"], [1, "ERROR: ABORTED: later"]])
+    done = pod.run("create_tpu")
+    assert pod.actions() == ["delete"] * 3 + ["create"]
+    assert "ABORTED" in done.stderr and done.stderr.count("not deleted; trying again in 0 s") == 2
+
+
+@pytest.mark.parametrize(("text", "times"), [("no network", 10), ("PERMISSION_DENIED: no", 1)])
+def test_a_deletion_is_not_repeated_for_ever(pod: Pod, text: str, times: int) -> None:
+    pod.world(queued="SUSPENDED", delete=[[3, f"ERROR: {text}"]] * 12)
+    done = pod.run("create_tpu", code=3)
+    assert pod.actions() == ["delete"] * times and text in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: tiue-test: gcloud could not delete it"
+
+
 def test_a_lack_of_capacity_is_repeated(pod: Pod) -> None:
     pod.world(create=[[1, CAPACITY], [1, CAPACITY]])
     done = pod.run("create_tpu")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +59,7 @@ def test_from_nothing_to_done(pod: Pod) -> None:
             f"--config.data.source={mount}/in put.txt",
         ]
         assert run["code"] == ["configs", "launch", "requirements.txt", "tiue_jax"]
+        assert run["cache"] is None, "tiue_jax keeps what it compiled in the workdir"
     assert not list(pod.folder.rglob("pwned"))
     assert "attempt 0: step 1/2\n" in done.stdout and done.stdout.count("step 1/2") == 1
     assert done.stderr.splitlines()[-1] == "launch: tiue-test: done"
@@ -143,6 +143,46 @@ def test_a_lost_connection_is_no_end(pod: Pod, code: int) -> None:
     assert len(pod.training()) == 2
     assert done.stderr.count("connection lost, the training goes on") == 2
     assert done.stdout.count("step 1/2") == 1
+
+
+@pytest.fixture
+def impatient(pod: Pod) -> Pod:
+    """A pod whose train_pod.sh gives up after two connections lost in a row."""
+    train = pod.repository / "launch" / "train_pod.sh"
+    train.write_text(train.read_text().replace("MAX_RECONNECTS=20", "MAX_RECONNECTS=2"))
+    return pod
+
+
+def test_connections_that_are_lost_one_by_one_have_no_limit(impatient: Pod) -> None:
+    impatient.world(ssh={"follow": ["drop"] * 4})
+    done = impatient.run("train_pod")
+    assert done.stderr.count("connection lost, the training goes on") == 4
+
+
+def test_connections_that_are_lost_in_a_row_have_a_limit(impatient: Pod) -> None:
+    impatient.plan("wait")
+    impatient.world(ssh={"follow": ["drop"], "ready": [None, *["drop"] * 4]})
+    done = impatient.run("train_pod", code=255)
+    assert done.stderr.count("connection lost, the training goes on") == 2
+    assert done.stderr.splitlines()[-1] == "error: tiue-test: no connection to the workers"
+
+
+def test_a_second_stop_does_not_end_the_save(pod: Pod) -> None:
+    """gcloud repeats an ssh that broke; to the training a second signal means not to save."""
+    pod.plan("save", 0)
+    line, options = pod.command("train_pod", str(pod.settings))
+    stop, _ = pod.command("train_pod", "--stop", str(pod.settings))
+    with subprocess.Popen(line, **options, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        wait_for(lambda: len(pod.training()) == 1 and pod.actions()[-1] == "follow")
+        with subprocess.Popen(stop, **options, stdout=subprocess.PIPE) as first:
+            wait_for(lambda: "saves" in (pod.worker() / "log").read_text())
+            second = pod.run("train_pod", "--stop", str(pod.settings))
+            assert second.stdout == "tiue-worker stopped\n", "it waits for the end too"
+            assert first.communicate(timeout=30)[0] == "tiue-worker stopped\n"
+        _, errors = run.communicate(timeout=60)
+    assert (pod.worker() / "code").read_text() == "75\n", "it has saved"
+    assert run.returncode == 75 and "stopped and saved; the same command goes on" in errors
+    assert len(pod.training()) == 1, "and is not started again"
 
 
 def test_ctrl_c_leaves_the_training_and_stop_ends_it(pod: Pod) -> None:
@@ -239,65 +279,6 @@ def test_secrets_travel_in_a_file(pod: Pod) -> None:
 def files_with(text: str, folder: Path) -> list[Path]:
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     return [path for path in files if text.encode() in path.read_bytes()]
-
-
-def test_setup_copies_what_git_tracks_and_keeps_it(pod: Pod) -> None:
-    """Uncommitted changes are copied, untracked and deleted files are not."""
-    (pod.repository / "secrets.txt").write_text("x")
-    (pod.repository / "tiue_jax" / "main.py").write_text("changed\n")
-    (pod.repository / "launch" / "status.sh").unlink()
-    pod.run("create_tpu")
-    pod.run("setup_tpu")
-    package = pod.home / ".cache" / "tiue_jax" / "tiue-test.tgz"
-    with tarfile.open(package) as archive:
-        names = archive.getnames()
-    assert {"requirements.txt", "configs/tiny.py", "tiue_jax/main.py"} < set(names)
-    assert "secrets.txt" not in names and "launch/status.sh" not in names
-    main = pod.worker() / "source" / "tiue_jax" / "main.py"
-    assert main.read_text() == "changed\n"
-    (pod.repository / "tiue_jax" / "main.py").write_text("changed again\n")
-    pod.run("setup_tpu", "--keep-source", str(pod.settings))
-    assert main.read_text() == "changed\n"
-    pod.run("setup_tpu")
-    assert main.read_text() == "changed again\n"
-    assert "-r source/requirements.txt jax[tpu]" in (pod.worker().parent / "uv.log").read_text()
-    mounted = (pod.worker().parent / "gcsfuse.log").read_text()
-    assert mounted.count("\n") == 1, "once"
-    assert "--metadata-cache-ttl-secs=0 " in mounted and "--rename-dir-limit=0 " in mounted
-    pod.write(CONFIG="configs/mine.py")
-    done = pod.run("setup_tpu", code=2)
-    assert done.stderr.endswith("would not be copied, found 'configs/mine.py'\n")
-
-
-def test_setup_clones_a_repository(pod: Pod) -> None:
-    pod.run("create_tpu")
-    clone = pod.fake / "worker_bin" / "git"
-    clone.write_text('#!/bin/sh\necho "$@" >"$HOME/git.log"\nfor to; do :; done; mkdir "$to"\n')
-    clone.chmod(0o755)
-    pod.write("REPO=https://example.com/x y.git".replace(" ", "%20"), "BRANCH=v1.0")
-    pod.run("setup_tpu")
-    line = (pod.worker().parent / "git.log").read_text()
-    assert line.endswith("--depth=1 --branch=v1.0 -- https://example.com/x%20y.git source.new\n")
-    assert not (pod.worker() / "source.tgz").exists()
-
-
-def test_a_bucket_whose_folders_cannot_be_renamed_is_refused(pod: Pod) -> None:
-    (pod.fake / "buckets" / "flat-one").mkdir()
-    pod.write(WORKDIR="gs://flat-one/run")
-    done = pod.run("train_pod", code=2)
-    assert "error: gs://flat-one [WORKDIR]: folders cannot be renamed in this bucket" in done.stderr
-    assert not pod.training() and not list((pod.fake / "buckets" / "flat-one").iterdir())
-    assert not (pod.worker() / "ready").exists()
-
-
-def test_a_setup_that_fails_passes_its_code_on(pod: Pod) -> None:
-    pod.run("create_tpu")
-    pod.world(ssh={"setup": [17]})
-    pod.run("setup_tpu", code=17)
-    pod.world(ssh={"shell": ["drop", "drop"]})  # a node that has just come up
-    assert pod.run("setup_tpu").stderr.count("no connection; trying again") == 2
-    pod.world(ssh={"shell": ["drop"] * 5})
-    pod.run("setup_tpu", code=255)
 
 
 def test_a_folder_that_all_share_needs_no_bucket(pod: Pod) -> None:
