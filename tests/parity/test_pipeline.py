@@ -11,7 +11,7 @@ from tiue_jax.pretrained.pipeline import load_pipeline, seed_noise
 
 PROMPTS = ["a red circle above a blue square", "a large green triangle on a white background"]
 SEEDS = [0, 1]
-FOLDERS = [f for f in (MODEL, ROOT / "assets" / "tiny-sd") if (f / "model_index.json").exists()]
+FOLDERS = [MODEL, ROOT / "assets" / "tiny-sd"]
 
 
 def diffusers_images(folder, noise: np.ndarray, **options) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -74,6 +75,12 @@ def record_prompts(file: Path) -> None:
     CutReport.__call__ = recorded  # type: ignore[method-assign]
 
 
+def full_disk() -> None:
+    """As a disk that has no room for the arrays of a checkpoint."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+
+
 def fail() -> None:
     """As a mistake of ours."""
     raise KeyError("a mistake of ours")
@@ -95,6 +102,7 @@ __all__ = [
     "before_steps",
     "configure",
     "fail",
+    "full_disk",
     "record_prompts",
     "signal",
     "sleep",

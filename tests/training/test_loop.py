@@ -345,6 +345,27 @@ def test_changed_teacher_is_refused_and_a_moved_one_is_not(config, finished: Pat
     assert "teacher: tokenizer was" not in said
 
 
+@pytest.mark.parametrize("part", ["vae", "tokenizer"])
+def test_a_change_of_one_part_of_the_teacher_is_refused(
+    config, finished: Path, tmp_path: Path, part: str
+):
+    teacher = Path(shutil.copytree(config.teacher, tmp_path / "moved"))
+    if part == "vae":
+        shutil.copytree(make_teacher(tmp_path / "other", seed=1) / part, teacher / part,
+                        dirs_exist_ok=True)  # fmt: skip
+    else:  # two words that no prompt has
+        vocab = json.loads((teacher / part / "vocab.json").read_text())
+        first, second = sorted(vocab)[-2:]
+        vocab[first], vocab[second] = vocab[second], vocab[first]
+        for file in (teacher / part).glob("tokenizer.json"):
+            file.unlink()
+        (teacher / part / "vocab.json").write_text(json.dumps(vocab))
+    config.teacher = str(teacher)
+    said = refused(config, finished)
+    assert f"teacher: {part} was" in said
+    assert said.count(", is ") == 1
+
+
 def test_what_only_shows_or_places_may_change(config, finished: Path, monkeypatch):
     use_devices(monkeypatch, 4)
     config.train.iterations = 6

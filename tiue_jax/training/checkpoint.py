@@ -9,7 +9,8 @@ is checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -75,7 +76,8 @@ class Checkpoints:
         Waits for the device and the copy to the host, not for the disk.
 
         Raises:
-            RunError: an array holds NaN or infinity. Nothing is saved.
+            RunError: an array holds NaN or infinity, and nothing is saved; or this checkpoint, or
+                the one before, cannot be written.
         """
         if step in self._manager.all_steps():
             return
@@ -90,8 +92,9 @@ class Checkpoints:
             meta=ocp.args.JsonSave({**meta, "step": step, "data": data, "digests": digests}),
             data=grain.checkpoint.CheckpointSave(batches),
         )
-        if not self._manager.save(step, args=args, force=True):
-            raise RunError(f"step {step}: Orbax did not save the checkpoint")
+        with self._writing():
+            if not self._manager.save(step, args=args, force=True):
+                raise RunError(f"step {step}: Orbax did not save the checkpoint")
 
     def restore(
         self, target: State, batches: grain.DatasetIterator, check: Callable[[Meta], None]
@@ -179,9 +182,28 @@ class Checkpoints:
         self._manager = self._open()
 
     def close(self) -> None:
-        """Wait until everything is on the disk."""
-        self._manager.wait_until_finished()
+        """Wait until everything is on the disk.
+
+        Raises:
+            RunError: the last checkpoint cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say in a line what Orbax, tensorstore and the disk say in pages."""
+        try:
+            yield
+        except RunError:
+            raise
+        except Exception as error:  # of every kind
+            steps = sorted(ocp.utils.checkpoint_steps(self._folder))
+            newest = f"the newest is of step {steps[-1]}" if steps else "there is none"
+            raise RunError(
+                f"a checkpoint cannot be written to {self._folder}: {_brief(error)}; {newest}"
+            ) from error
 
 
 def restore_params(workdir: str | Path, which: str = "ema") -> tuple[int, PyTree[np.ndarray]]:

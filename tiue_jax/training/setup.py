@@ -242,12 +242,15 @@ def _make_start(
 def _digest_teacher(
     sd: StableDiffusion, frozen: Frozen, student: Any, prompts: Prompts
 ) -> dict[str, str]:
-    """Return part -> digest of what training takes from the teacher, whatever file it was in."""
+    """Return part -> digest of what a run takes from the teacher, whatever file it was in."""
 
     def digest(content: Any) -> str:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     ids, _ = sd.tokenizer.encode([*prompts.texts[:256], ""])
+    words = [
+        hashlib.sha256(sd.tokenizer.files[n]).hexdigest() for n in ("vocab.json", "merges.txt")
+    ]
     schedule = {
         **{k: v for k, v in vars(sd.schedule).items() if k != "alphas_cumprod"},
         "alphas_cumprod": sd.schedule.alphas_cumprod.tolist(),
@@ -257,6 +260,7 @@ def _digest_teacher(
         **{n: digest(inspect_arrays(tree)[0]) for n, tree in others.items() if tree is not None},
         "unet": digest([repr(sd.unet), inspect_arrays(frozen.teacher)[0]]),
         "text_encoder": digest([repr(sd.text_encoder), inspect_arrays(frozen.text_encoder)[0]]),
-        "tokenizer": digest(ids.tolist()),
+        "vae": digest([repr(sd.vae), inspect_arrays(sd.params["vae"])[0]]),
+        "tokenizer": digest([words, ids.tolist()]),
         "schedule": digest(schedule),
     }

@@ -124,14 +124,17 @@ def make_step(
         before clipping.
 
     Raises:
-        ValueError: for a teacher that is an LCM, impossible timesteps, or a CLIP term without its
-            networks.
+        ValueError: for a teacher that is an LCM, timesteps that it does not have, or a CLIP term
+            without its networks.
     """
     if unet.time_cond_dim is not None:
         raise ValueError(
             "the teacher's UNet takes the guidance scale (an LCM): distillation needs one that "
             "guidance is computed for, an ordinary Stable Diffusion"
         )
+    count = schedule.num_train_timesteps
+    if options.vsd_t_max >= count:
+        raise ValueError(f"vsd_t_max {options.vsd_t_max}: the teacher has {count} timesteps")
     if options.clip_tau > 0 and text_image is None and not lora_only:
         raise ValueError(f"clip_tau {options.clip_tau}: the CLIP term needs TAESD and CLIP")
     timesteps = np.asarray(options.student_timesteps(schedule), np.int32)
