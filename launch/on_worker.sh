@@ -177,8 +177,8 @@ run() {
 state() {
   if is_running; then
     echo "tiue-worker running"
-  elif [[ -e stopped && -e code && $(<code) == 75 ]]; then
-    echo "tiue-worker stopped" # by stop, so that nobody starts it again
+  elif [[ -e stopped && -e code && $(<code) =~ ^(75|143)$ ]]; then
+    echo "tiue-worker stopped" # by stop, so that nobody starts it again; 143: before its first step
   elif [[ -e code ]]; then
     echo "tiue-worker ended $(<code)"
   elif [[ -e pid ]]; then

@@ -128,7 +128,7 @@ while true; do
   case $code in
     0) say "$NAME: done" && exit 0 ;;
     2) fail 2 "$NAME: bad input; its message is above" ;;
-    "$STOPPED") fail "$AGAIN" "$NAME: stopped and saved; the same command goes on" ;;
+    "$STOPPED") fail "$AGAIN" "$NAME: stopped; the same command goes on" ;;
     "$LOST")
       if ! is_going_away 0; then
         reconnects=$((reconnects + 1))

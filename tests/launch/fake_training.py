@@ -2,7 +2,8 @@
 
 plan.json is a list, one entry a start: {"codes": [one a worker]} with, for a code, an exit code,
 "wait" (until SIGTERM, then 75), "save" (the same after two seconds, in which a second SIGTERM
-kills, as in tiue_jax.training.preemption), "hang" (whatever comes), or "die" (by SIGKILL).
+kills, as in tiue_jax.training.preemption), "begin" (has no handler yet: SIGTERM kills), "hang"
+(whatever comes), or "die" (by SIGKILL).
 """
 
 import json
@@ -53,7 +54,9 @@ if todo == "die":
     if parent > 1 and f"{home}/.tiue_jax/on_worker.sh" in line:
         os.kill(parent, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
-while todo == "hang" or (todo in ("wait", "save") and not received):
+if todo == "begin":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+while todo in ("hang", "begin") or (todo in ("wait", "save") and not received):
     time.sleep(0.05)
 if todo == "save":
     print(f"attempt {attempt}: saves", flush=True)

@@ -181,7 +181,21 @@ def test_a_second_stop_does_not_end_the_save(pod: Pod) -> None:
             assert first.communicate(timeout=30)[0] == "tiue-worker stopped\n"
         _, errors = run.communicate(timeout=60)
     assert (pod.worker() / "code").read_text() == "75\n", "it has saved"
-    assert run.returncode == 75 and "stopped and saved; the same command goes on" in errors
+    assert run.returncode == 75 and "stopped; the same command goes on" in errors
+    assert len(pod.training()) == 1, "and is not started again"
+
+
+def test_a_stop_before_the_first_step_is_no_crash(pod: Pod) -> None:
+    pod.plan("begin", 0)
+    line, options = pod.command("train_pod", str(pod.settings))
+    with subprocess.Popen(line, **options, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        wait_for(lambda: len(pod.training()) == 1 and pod.actions()[-1] == "follow")
+        wait_for(lambda: "step 1/2" in (pod.worker() / "log").read_text())
+        time.sleep(0.5)  # it is past its last line then
+        assert pod.run("train_pod", "--stop", str(pod.settings)).stdout == "tiue-worker stopped\n"
+        _, errors = run.communicate(timeout=60)
+    assert (pod.worker() / "code").read_text() == "143\n"
+    assert run.returncode == 75 and "the same command goes on" in errors
     assert len(pod.training()) == 1, "and is not started again"
 
 
@@ -204,7 +218,7 @@ def test_ctrl_c_leaves_the_training_and_stop_ends_it(pod: Pod) -> None:
         stopped = pod.run("train_pod", "--stop", str(pod.settings))
         _, errors = run.communicate(timeout=60)
     assert stopped.stdout == "tiue-worker stopped\n"
-    assert run.returncode == 75 and "stopped and saved; the same command goes on" in errors
+    assert run.returncode == 75 and "stopped; the same command goes on" in errors
     assert len(pod.training()) == 1, "joined, not started"
     pod.run("train_pod")
     assert len(pod.training()) == 2, "and the same command goes on"
