@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from tests.training.small_step import settled
 from tests.training.test_loop import ToyStep
 from tests.training.tiny_run import make_config
 from tiue_jax.data.pipeline import CutReport
@@ -38,6 +39,16 @@ def use_toy_step() -> None:
 
     setup.make_step = ToyStep()
     setup.init_state = start_without_adam
+
+
+def settle() -> None:
+    """Begin with a LoRA that has learnt: at first the VSD loss is a difference of near equals."""
+    start = setup.init_state
+
+    def started(*args: Any, **named: Any) -> Any:
+        return settled(start(*args, **named), change=0.3)
+
+    setup.init_state = started
 
 
 def at_step(step: int, do: Callable[[], Any]) -> None:
@@ -104,6 +115,7 @@ __all__ = [
     "fail",
     "full_disk",
     "record_prompts",
+    "settle",
     "signal",
     "sleep",
     "tell",

@@ -9,49 +9,50 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import flax.struct
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tests.training import small_step
 from tiue_jax.data.pipeline import make_batches
 from tiue_jax.data.prompts import Prompts
 from tiue_jax.training.checkpoint import Checkpoints, Restored
 from tiue_jax.training.hosts import ALONE, Hosts, join
+from tiue_jax.training.sharding import make_mesh, shardings
+from tiue_jax.training.state import TrainState, init_state
 
 STEP = 3
 
 
-@flax.struct.dataclass
-class State:
-    step: Any
-    student: Any
-    student_opt: Any
+def shapes() -> TrainState:
+    """Of a state with a part of the small UNet: fewer arrays, of every kind."""
+    teacher = {name: small_step.frozen().teacher[name] for name in ("conv_in", "mid_block")}
+    return jax.eval_shape(lambda: init_state(jax.random.key(0), teacher, small_step.OPTIONS))
 
 
-def make_state() -> State:
+def make_state() -> TrainState:
+    """Of the small step, every array of it random."""
     rng = np.random.default_rng(0)
-    student = {
-        "split": jnp.asarray(rng.standard_normal((3, 16)), jnp.float32),
-        "halves": jnp.asarray(rng.standard_normal((2, 8)), jnp.bfloat16),
-        "whole": jnp.asarray(rng.standard_normal(5), jnp.float32),
-    }
-    return State(jnp.int32(STEP), student, optax.adam(1e-3).init(student))
+
+    def draw(x: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(rng.uniform(1, 100, x.shape), x.dtype)
+
+    return jax.tree.map(draw, shapes())
 
 
-def target(devices: list[Any]) -> State:
-    """The state as shapes: split over all devices where its last axis divides by them."""
-    mesh = Mesh(np.asarray(devices), ("fsdp",), axis_types=(AxisType.Auto,))
+def target(devices: list[Any]) -> TrainState:
+    """The state as shapes, split over all devices by the rules of a run."""
+    state = shapes()
+    places = shardings(state, make_mesh(1, -1, devices))
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+    )
 
-    def leaf(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        split = x.ndim == 2 and x.shape[1] % len(devices) == 0
-        spec = PartitionSpec(None, "fsdp") if split else PartitionSpec()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(leaf, jax.eval_shape(make_state))
+def kernel_of(state: TrainState) -> jax.Array:
+    """An array that is split."""
+    return state.student["conv_in"]["kernel"]
 
 
 def make_iterator(hosts: Hosts) -> grain.DatasetIterator:
@@ -74,7 +75,7 @@ def restore(
     return found, batches
 
 
-def save(workdir: Path, state: State, batches: Any, hosts: Hosts = ALONE) -> None:
+def save(workdir: Path, state: TrainState, batches: Any, hosts: Hosts = ALONE) -> None:
     checkpoints = Checkpoints(workdir, keep=2, hosts=hosts)
     checkpoints.save(STEP, state, {}, batches)
     checkpoints.close()
@@ -86,7 +87,7 @@ def main(coordinator: str, count: str, index: str, source: str, destination: str
     ) as hosts:
         found, batches = restore(Path(source), hosts)
         assert found is not None
-        assert not found.state.student["split"].is_fully_addressable
+        assert not kernel_of(found.state).is_fully_addressable
         save(Path(destination), found.state, batches, hosts)
 
 

@@ -42,3 +42,15 @@ def test_images_are_those_of_the_student(tmp_path: Path, monkeypatch) -> None:
     assert np.abs(images.astype(int) - draw(sd.params["unet"])).max() > 5
     others = make_validation(sd, PROMPTS[::-1], options, KEY, mesh)(student)
     assert np.abs(images.astype(int) - others).max() > 5
+
+
+def test_what_is_cut_of_a_prompt_is_said(tmp_path: Path, capsys) -> None:
+    sd = load_stable_diffusion(make_teacher(tmp_path / "teacher"))
+    long = [f"{color} cube " * 60 for color in ("red", "blue", "green", "red", "purple")]
+    options, mesh = StepOptions(num_steps=4, latent_size=4), make_mesh(1, 1, jax.devices()[:1])
+    make_validation(sd, [*PROMPTS, *long], options, KEY, mesh)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 4  # each of them, and each once
+    for line, prompt in zip(told, dict.fromkeys(long), strict=True):
+        assert line.startswith("warning: prompt is longer than 77 tokens, cut off: ")
+        assert line.endswith(f"of {prompt!r}")

@@ -277,10 +277,12 @@ def inspect_arrays(tree: Any) -> tuple[dict[str, int], dict[str, bool]]:
     The digest is the sum of every element's bits times an odd number that grows with its place,
     modulo 2**32: any one changed element changes it, and no sharding or order of adding does.
     """
-    found = {
-        "/".join(_key_name(key) for key in path): _inspect(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    found, wait = {}, jax.default_backend() == "cpu" and jax.device_count() > 1
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = "/".join(_key_name(key) for key in path)
+        found[name] = _inspect(leaf)
+        if wait:  # several programs at once can take each other's threads in XLA's CPU collectives
+            jax.block_until_ready(found[name])
     found = jax.device_get(found)
     return (
         {name: int(digest) for name, (digest, _) in found.items()},
