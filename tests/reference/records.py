@@ -187,7 +187,7 @@ def _options(raw: dict, noise_shape: tuple[int, ...], file: Path) -> StepOptions
         clip_grad_norm=float(raw["clip_grad_norm"]),
         lora_rank=int(raw["lora_rank"]),
         lora_alpha=float(raw["lora_alpha"]),
-        lora_targets=tuple(_joined(name.split("."))[-1] for name in raw["lora_targets"]),
+        lora_targets=tuple(_joined(str(name).split("."))[-1] for name in raw["lora_targets"]),
         null_prompt_prob=float(raw["null_prompt_threshold"]),
         ema_max_decay=float(ema.group(1)),
     )

@@ -209,6 +209,7 @@ def _clip_weight(content: dict, arrays: dict) -> None:
         (_set("timesteps", "many"), "malformed"),
         (_set("lora_rank", 2), r"lora_init: .*LoRA matrices are missing, unexpected or misshapen"),
         (_set("lora_targets", ["to_q", "to_x"]), "to_x"),
+        (_set("lora_targets", [1]), "1"),
         (lambda content, arrays: content.pop("logs"), r"\[logs\]: missing"),
         (lambda content, arrays: content["prompts"].pop(), r"\[prompts\]: wrong, expected 6"),
         (
