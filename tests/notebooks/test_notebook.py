@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ class Stop(Exception):
     """Raised in the place of pip."""
 
 
-def pip_command(kind: str, monkeypatch: pytest.MonkeyPatch) -> list[Requirement]:
+def pip_command(kind: str, monkeypatch: pytest.MonkeyPatch, **versions: str) -> list[Requirement]:
     """What the install cell would ask pip for on a machine of that kind that lacks everything."""
     asked: list[str] = []
 
@@ -233,6 +234,7 @@ def pip_command(kind: str, monkeypatch: pytest.MonkeyPatch) -> list[Requirement]
     cells, scope = code_cells(read()), {"KIND": kind, "Path": Path, "subprocess": subprocess}
     with contextlib.redirect_stdout(io.StringIO()), pytest.raises(Stop):
         exec("import sys\n" + cells["missing"].source + "\nmissing = ['jax']", scope)
+        scope["version"] = lambda name: versions.get(name) or version(name)
         exec(cells["install"].source, scope)
     assert asked[1:5] == ["-m", "pip", "install", "-q"]
     return [Requirement(text) for text in asked[5:]]
@@ -262,6 +264,15 @@ def test_what_it_installs_is_what_the_tests_run_with(
     assert set(listed) <= {wanted.name for wanted in command}
     assert not {w.name for w in command} & {"tensorflow", "tensorflow-cpu", "torch"}
     assert "matplotlib" in asked and "==" not in code_cells(read())["settings"].source
+
+
+def test_what_an_old_protobuf_cannot_read_is_not_installed(monkeypatch) -> None:
+    """Of tfds 4.9.10; pip does not know it."""
+    names = [w.name for w in pip_command("cpu", monkeypatch, protobuf="6.31.1")]
+    assert "tensorflow-metadata" not in names
+    asked = {w.name: str(w.specifier) for w in pip_command("cpu", monkeypatch, protobuf="5.29.5")}
+    assert asked["protobuf"] == "==5.29.5"
+    assert asked["tensorflow-metadata"] == "<1.18"
 
 
 @pytest.mark.parametrize("cell", ["sd15-convert", "sd15-distil", "sd15-compare"])
