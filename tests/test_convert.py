@@ -119,9 +119,12 @@ def test_the_lora_of_a_run_is_exported(
     names = ["README.md", "pytorch_lora_weights.safetensors", "training.json"]
     assert sorted(f.name for f in out.iterdir()) == names
     assert "after 1 iterations" in (out / "README.md").read_text()
-    for flag, said in (("--revision=x", "--revision"), ("--push_to_hub=a/b", "--push_to_hub")):
+    for flag in ("--revision=x", "--push_to_hub=a/b", "--dtype=float16", "--to=flax",
+                 "--teacher=x"):  # fmt: skip
         done = convert(f"--input={tmp_path / 'run'}", f"--output={out}2", "--which=lora", flag)
-        assert done.code == 2 and f"[{said}]: has no use with a workdir" in done.err
+        said = f"error: [{flag.partition('=')[0]}]: has no use with a workdir and --which=lora"
+        assert done.code == 2 and done.err.startswith(said) and done.err.count("\n") == 1
+        assert not Path(f"{out}2").exists()
     unet = load_stable_diffusion(MODEL, parts=()).unet
     lora, alpha = load_lora(out / "pytorch_lora_weights.safetensors", param_shapes(unet))
     assert alpha == 3.0
@@ -301,6 +304,19 @@ def test_bad_input_is_one_line_and_nothing_is_written(
         (["--input={model}", "--output={used}"], "used: output folder is in use"),
         (["--input={model}", "--output={used}/file"], "file: is a file"),
         (["--input={used}", "--output={out}"], "used [config]: not a run"),
+        (["--input={model}", "--output={used}/file/x"], "used/file: is a file, expected a folder"),
+        (
+            ["--input={model}", "--output={out}", "--teacher=x"],
+            "[--teacher]: has no use with a model, found x",
+        ),
+        (
+            ["--input={model}", "--output={out}", "--which=student"],
+            "[--which]: has no use with a model, found student",
+        ),
+        (
+            ["--input={model}", "--output={out}", "--license=mit"],
+            "[--license]: has no use with a model that is no student, found mit",
+        ),
     ],
 )
 def test_wrong_flags_and_folders(

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.pretrained.folders import WEIGHTS, copy_model, edit_weights
 from tests.training.tiny_run import ROOT
 
 # Importing takes seconds, so one process is the parent of all cases; flags are global, so each case
@@ -85,7 +87,45 @@ CASES: dict[str, tuple[list[str], str]] = {
         [TINY, "--workdir=W", "--config.data.source=none.txt"],
         "error: none.txt [data.source]: no such file",
     ),
+    "a dict for a config": (
+        ["--config=F/dict.py", "--workdir=W"],
+        "error: F/dict.py [--config]: get_config returns no config, expected an ml_collections.",
+    ),
+    "workdir below a file": (
+        [TINY, "--workdir=F/prompts.txt/run"],
+        "error: F/prompts.txt [--workdir]: is a file, expected a folder",
+    ),
+    "batch that does not divide": (
+        [TINY, "--workdir=W", "--config.train.batch_size=6"],
+        "error: [train.batch_size]: batch size 6: expected a positive multiple of the 8 devices",
+    ),
+    "broken JSON": (
+        [TINY, "--workdir=W", "--config.data.source=F/broken.jsonl"],
+        "error: F/broken.jsonl:2: broken JSON: ",
+    ),
+    "half a surrogate pair": (
+        [TINY, "--workdir=W", "--config.data.source=F/half.jsonl"],
+        "error: F/half.jsonl:1 [prompt]: not UTF-8 text",
+    ),
+    "prompts of other bytes": (
+        [TINY, "--workdir=W", "--config.data.source=F/latin.txt"],
+        "error: F/latin.txt:2: not UTF-8 text, expected UTF-8, found byte 0xe9 at column 4",
+    ),
+    "validation prompt of other bytes": (
+        [TINY, "--workdir=W", "--config.log.validation_prompts=('\udcff',)"],
+        "error: [log.validation_prompts]: not UTF-8 text",
+    ),
+    "NaN in the teacher": (
+        [TINY, "--workdir=W", "--config.data.source=P", "--config.teacher=F/teacher"],
+        f"error: F/teacher/{WEIGHTS['unet']} [conv_in.bias]: 1 of 32 values are not finite",
+    ),
 }  # fmt: skip
+
+
+def with_nan(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    bias = tensors["conv_in.bias"].copy()
+    bias[3] = np.nan
+    return tensors | {"conv_in.bias": bias}
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +133,15 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
     folder = tmp_path_factory.mktemp("main")
     prompts = folder / "prompts.txt"
     prompts.write_text("a cat\n")
+    (folder / "dict.py").write_text("def get_config():\n    return {'teacher': 'x'}\n")
+    (folder / "broken.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": \n')
+    (folder / "half.jsonl").write_text(r'{"prompt": "a \ud800"}')
+    (folder / "latin.txt").write_bytes(b"a cat\ncaf\xe9\n")
+    edit_weights(copy_model(folder / "teacher"), "unet", with_nan)
 
     def fill(arg: str) -> str:
-        return arg.replace("=P", f"={prompts}").replace("=W", f"={folder / 'run'}")
+        arg = arg.replace("=P", f"={prompts}").replace("=W", f"={folder / 'run'}")
+        return arg.replace("F/", f"{folder}/")
 
     cases = [[fill(arg) for arg in args] for args, _ in CASES.values()]
     done = subprocess.run(
@@ -103,7 +149,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
         input=json.dumps([*cases, ["--help"]]),
         capture_output=True, text=True, cwd=ROOT, timeout=500, check=True,
     )  # fmt: skip
-    lines = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+    lines = [
+        tuple(json.loads(line.replace(f"{folder}/", "F/"))) for line in done.stdout.splitlines()
+    ]
     return dict(zip([*CASES, "help"], lines, strict=True))
 
 

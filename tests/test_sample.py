@@ -13,14 +13,21 @@ from tests.conftest import ROOT
 from tests.pretrained.folders import MODEL
 
 
-def sample(*flags: str, cwd=None, devices: int = 1) -> subprocess.CompletedProcess[str]:
+def start(*flags: str, cwd=None, devices: int = 1) -> subprocess.Popen[str]:
     env = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
     }
     command = [sys.executable, "-m", "tiue_jax.sample", *flags]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def sample(*flags: str, cwd=None, devices: int = 1) -> subprocess.CompletedProcess[str]:
+    with start(*flags, cwd=cwd, devices=devices) as process:
+        out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def read(file) -> np.ndarray:
@@ -70,6 +77,30 @@ def test_an_earlier_result_is_never_overwritten(tmp_path):
     assert (tmp_path / "out" / "mine.png").read_bytes() == b"mine"
 
 
+def test_two_at_the_same_time_keep_both_results(tmp_path):
+    flags = (f"--model={MODEL}", "--method=tiue", "--num_steps=2")
+    prompts = ("sky", "sea")
+    both = [start(*flags, f"--prompt={prompt}", cwd=tmp_path) for prompt in prompts]
+    for process in both:
+        with process:
+            assert "samples/00" in process.communicate()[0]
+        assert process.returncode == 0
+    assert sorted(f.name for f in (tmp_path / "samples").iterdir()) == ["000", "001"]
+    told = [json.loads(f.read_text()) for f in tmp_path.glob("samples/*/samples.json")]
+    assert {i["prompt"] for t in told for i in t["images"]} == set(prompts)
+
+
+def test_a_prompt_that_is_cut_is_told_of_once(tmp_path):
+    long = "a red cube " * 40
+    flags = (f"--model={MODEL}", "--method=tiue", "--num_steps=2", "--num_images=3")
+    result = sample(*flags, f"--prompt={long}", "--prompt=the blue sky", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    told = [line for line in result.stderr.splitlines() if "prompt is longer" in line]
+    assert len(told) == 1
+    assert "than 77 tokens; cut off: '" in told[0]
+    assert "a red cube a red cube' (of a prompt of 440 characters)" in told[0]
+
+
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
@@ -98,11 +129,35 @@ def test_an_earlier_result_is_never_overwritten(tmp_path):
         ),
         ([f"--model={MODEL}", "--prompt=sky", "--seed=-1"], ["--seed"]),
         (["--model=missing", "--prompt=sky"], ["missing: no such folder"]),
-        ([f"--model={MODEL}", "--prompt_file=missing.txt"], ["missing.txt"]),
+        (
+            [f"--model={MODEL}", "--prompt_file=missing.txt"],
+            ["missing.txt [--prompt_file]: no such file"],
+        ),
+        ([f"--model={MODEL}", "--prompt=sky \udcff"], ["[--prompt]: not UTF-8", "character 5"]),
+        (
+            [f"--model={MODEL}", "--prompt=sky", "--negative_prompt=\udcff"],
+            ["[--negative_prompt]: not UTF-8"],
+        ),
+        (
+            [f"--model={MODEL}", "--prompt=sky", "--num_images=100000000000"],
+            ["[--num_images]: too many images, expected at most 100000"],
+        ),
+        (
+            [f"--model={MODEL}", "--prompt=sky", "--teacher", "--guidance_scale=nan"],
+            ["[--guidance_scale]: expected a finite number, found 'nan'"],
+        ),
+        (
+            [f"--model={MODEL}", "--prompt=sky", "--teacher", "--guidance_scale=inf"],
+            ["[--guidance_scale]: expected a finite number, found 'inf'"],
+        ),
+        (
+            [f"--model={MODEL}", "--prompt=sky", f"--out={MODEL}/model_index.json/x"],
+            ["model_index.json: is a file, expected a folder"],
+        ),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, flags, parts):
-    refused(sample(*flags, f"--out={tmp_path / 'out'}", cwd=tmp_path), *parts)
+    refused(sample(f"--out={tmp_path / 'out'}", *flags, cwd=tmp_path), *parts)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -44,11 +44,15 @@ flags.adopt_module_key_flags(model_flags)
 flags.DEFINE_enum("to", None, sorted(FORMS), "Form of the weights; by default the other one.")
 _DTYPES = ["same", "float32", "float16", "bfloat16"]
 flags.DEFINE_enum("dtype", "same", _DTYPES, "Dtype of the weights; same: as in --input, each.")
-_PARTS = ["ema", "student", "lora"]
-flags.DEFINE_enum("which", "ema", _PARTS, "Of a workdir: the moving average, the student, the LoRA")
+flags.DEFINE_enum("which", "ema", ["ema", "student", "lora"], "Of a workdir: which weights.")
 flags.DEFINE_string("teacher", None, "Of a workdir: the teacher, where it is not where it was.")
 flags.DEFINE_string("license", None, "Of the teacher, for the card: openrail++, say.")
 flags.DEFINE_string("push_to_hub", None, "OWNER/NAME: upload the result there, privately.")
+
+_UNUSED = {  # flags without effect
+    "a model": ("which", "teacher"),
+    "a workdir and --which=lora": ("to", "dtype", "teacher", "push_to_hub"),
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -60,26 +64,27 @@ def main(argv: Sequence[str]) -> None:
         require_apart(Path(source), target)
     options, run = model_flags.model_options(), is_workdir(Path(source))
     lora = run and FLAGS.which == "lora"
-    if run:
-        unused = {**options, "push_to_hub": FLAGS.push_to_hub if lora else None}
-        model_flags.refuse_unused(unused, "a workdir and --which=lora" if lora else "a workdir")
+    kind = "a workdir and --which=lora" if lora else "a workdir" if run else "a model"
+    given = {n: FLAGS[n].value for n in _UNUSED.get(kind, ()) if FLAGS[n].value != FLAGS[n].default}
+    model_flags.refuse_unused(given | options if run else given, kind)
     if lora:
         print(f"{source} (a workdir) -> {export_lora(Path(source), target, FLAGS.license)}")
         return
     if run:
         sd = load_trained_student(Path(source), FLAGS.which, FLAGS.teacher, place=np.asarray)
-        found = "a workdir"
     else:
         sd = load_model(source, param_dtype=None, place=np.asarray, **options)
-        found = folder_form(sd.folder).name if sd.folder and sd.folder.is_dir() else "a single file"
-    to_flax = found == "diffusers" and not FLAGS.push_to_hub
+        kind = folder_form(sd.folder).name if sd.folder and sd.folder.is_dir() else "a single file"
+    to_flax = kind == "diffusers" and not FLAGS.push_to_hub
     form = FORMS[FLAGS.to or ("flax" if to_flax else "diffusers")]
     if FLAGS.license and sd.training is not None:
         sd = replace(sd, training={**sd.training, "teacher_license": FLAGS.license})
     card = student_card(sd, teacher_license=FLAGS.license, repo_id=FLAGS.push_to_hub)
+    if card is None:
+        model_flags.refuse_unused({"license": FLAGS.license}, "a model that is no student")
     dtype = None if FLAGS.dtype == "same" else FLAGS.dtype
     save_stable_diffusion(sd, target, dtype=dtype, form=form, card=card)
-    print(f"{source} ({found}) -> {target} ({form.name}, {FLAGS.dtype} dtype)")
+    print(f"{source} ({kind}) -> {target} ({form.name}, {FLAGS.dtype} dtype)")
     if FLAGS.push_to_hub:
         print(f"uploaded to {push_to_hub(target, FLAGS.push_to_hub)}")
 

@@ -24,14 +24,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from itertools import count
-from pathlib import Path
 
 from absl import flags
 
-from tiue_jax.data.prompts import load_prompts
+from tiue_jax.data.prompts import load_prompts, require_text
 from tiue_jax.io.errors import InputError, run_command
-from tiue_jax.io.files import new_folder
+from tiue_jax.io.files import hidden_folder, new_folder, take_number
 from tiue_jax.io.images import write_samples
 from tiue_jax.pretrained import model_flags, sampling_flags
 from tiue_jax.pretrained.pipeline import MAX_SEED
@@ -46,6 +44,7 @@ flags.DEFINE_string("prompt_file", None, "Prompts, one a line (or .jsonl, .json:
 flags.DEFINE_string("out", None, "Folder to write: new or empty. By default samples/000 and on.")
 flags.DEFINE_integer("seed", 0, "Seed of the first image.", 0, MAX_SEED)
 flags.DEFINE_integer("num_images", 1, "Images per prompt.", 1)
+MAX_IMAGES = 100_000  # a file's number has five digits
 
 
 def main(argv: Sequence[str]) -> None:
@@ -56,25 +55,34 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("is required; see --help", key="--model")
     if not FLAGS.prompt and not FLAGS.prompt_file:
         raise InputError("is required (or --prompt_file); see --help", key="--prompt")
-    prompts = [*FLAGS.prompt, *(load_prompts(FLAGS.prompt_file).texts if FLAGS.prompt_file else ())]
-    prompts = [prompt for prompt in prompts for _ in range(FLAGS.num_images)]
-    seeds = range(FLAGS.seed, FLAGS.seed + len(prompts))
-    if seeds[-1] > MAX_SEED:
-        raise InputError("too large for so many images", key="--seed", found=FLAGS.seed)
-    out = Path(FLAGS.out) if FLAGS.out else _free_folder(Path("samples"))
-    with new_folder(out) as folder:
+    prompts, seeds = _prompts_and_seeds()
+    with new_folder(FLAGS.out) if FLAGS.out else hidden_folder("samples") as folder:
         began = time.monotonic()
         images, load, first = sample_by_flags(FLAGS.model, prompts, seeds)
         seconds = time.monotonic() - began
         settings = {f.name: f.value for f in FLAGS.get_key_flags_for_module(sys.modules[__name__])}
         write_samples(folder, images, prompts, seeds, settings)
+        out = FLAGS.out or take_number(folder)
     parts = f"loading {load:.1f} s, the first batch with compilation {first:.1f} s"
     print(f"{out}: {len(images)} images in {seconds:.1f} s ({parts}); {out}/grid.png")
 
 
-def _free_folder(parent: Path) -> Path:
-    """Return the first of parent/000, parent/001, ... that is not there."""
-    return next(f for f in (parent / f"{i:03d}" for i in count()) if not f.exists())
+def _prompts_and_seeds() -> tuple[list[str], range]:
+    """Return one prompt and one seed an image."""
+    prompts = list(FLAGS.prompt)
+    for prompt in prompts:
+        require_text(prompt, key="--prompt")
+    require_text(FLAGS.negative_prompt or "", key="--negative_prompt")
+    if FLAGS.prompt_file:
+        prompts += load_prompts(FLAGS.prompt_file, key="--prompt_file").texts
+    total = len(prompts) * FLAGS.num_images
+    if total > MAX_IMAGES:
+        expected = f"at most {MAX_IMAGES} over all prompts"
+        raise InputError("too many images", key="--num_images", expected=expected, found=total)
+    if FLAGS.seed + total - 1 > MAX_SEED:
+        raise InputError("too large for so many images", key="--seed", found=FLAGS.seed)
+    prompts = [prompt for prompt in prompts for _ in range(FLAGS.num_images)]
+    return prompts, range(FLAGS.seed, FLAGS.seed + total)
 
 
 if __name__ == "__main__":

@@ -216,14 +216,29 @@ def model_sampler(
     num_steps: int | None = None,
     guidance_scale: float | None = None,
 ) -> SampleFn:
-    """Sample from a model folder: a student in one pass, or a teacher by DDIM with guidance."""
+    """Sample from a model folder: a student in one pass, or a teacher by DDIM with guidance.
+
+    Raises:
+        InputError: no such model, or one of other pictures; when sampling, settings that make none.
+    """
     pipeline = load_pipeline(folder, batch_size=BATCH)
-    return partial(
+    size = pipeline.model.latent_size * pipeline.model.pixels_per_latent
+    if size != IMAGE_SIZE:
+        raise InputError("makes pictures of another size", file=folder, expected="64", found=size)
+    draw = partial(
         pipeline.sample,
         method="teacher" if teacher else "tiue",
         num_steps=num_steps,
         guidance_scale=guidance_scale,
     )
+
+    def sample(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        try:
+            return draw(prompts, seeds)
+        except ValueError as error:
+            raise InputError(str(error), file=folder) from error
+
+    return sample
 
 
 def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -280,6 +295,8 @@ def main(argv: Sequence[str]) -> None:
     """Measure what the flags name and print the table."""
     del argv
     scenes, requests = evaluation_set(FLAGS.num_seen, FLAGS.num_unseen)
+    if not requests:
+        raise InputError("no prompts", key="--num_seen, --num_unseen", expected="one or more")
     asked = [name for name in ("model", "images", "real", "write_prompts") if FLAGS[name].value]
     if len(asked) != 1:
         raise InputError(

@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 
 
 class Captions(tfds.core.GeneratorBasedBuilder):
-    """Captions in a plain field and in coco_captions' nested one, beside an array."""
+    """Captions in a plain field and in coco_captions' nested one, beside what is none."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -15,6 +15,8 @@ class Captions(tfds.core.GeneratorBasedBuilder):
         features = {
             "caption": tfds.features.Text(),
             "captions": tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()}),
+            "latin": tfds.features.Text(),  # not UTF-8
+            "label": tfds.features.ClassLabel(num_classes=2),
             "image": tfds.features.Tensor(shape=(8, 8, 3), dtype=np.uint8),
         }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
@@ -30,7 +32,16 @@ class Captions(tfds.core.GeneratorBasedBuilder):
         for i, caption in enumerate(captions):
             views = [{"id": 2 * i + j, "text": f"view {j} of {i}"} for j in range(2)]
             image = np.full((8, 8, 3), i, np.uint8)
-            yield i, {"caption": caption, "captions": views, "image": image}
+            yield (
+                i,
+                {
+                    "caption": caption,
+                    "captions": views,
+                    "latin": b"caf\xe9",
+                    "label": 1,
+                    "image": image,
+                },
+            )
 
 
 if __name__ == "__main__":

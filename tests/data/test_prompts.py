@@ -3,8 +3,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from examples.tiny_sd.captions import describe
+from examples.tiny_sd.scenes import sample_scenes
 from tiue_jax.data.prompts import Prompts, load_prompts
 from tiue_jax.io.errors import InputError
 
@@ -77,6 +80,25 @@ def test_not_utf8_is_refused_with_its_line(tmp_path: Path, name: str):
     assert str(error) == f"{source}:3: not UTF-8 text, expected UTF-8, found byte 0xe9 at column 4"
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json"])
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path, name: str):
+    """JSON can hold it; UTF-8, the tokenizer and thus a run cannot."""
+    lines = ['{"prompt": "a"}', r'{"prompt": "a \ud83d\ude00 \ud800"}']
+    coco = r'{"annotations": [{"caption": "a \ud83d\ude00 \ud800"}]}'
+    source = write(tmp_path / name, "\n".join(lines) if name == "p.jsonl" else coco)
+    place = f"{source}:2 [prompt]" if name == "p.jsonl" else f"{source} [caption]"
+    said = "not UTF-8 text, expected UTF-8, found '\\ud800' at character 5"
+    assert str(refused(source)) == f"{place}: {said}"
+
+
+def test_a_number_of_thousands_of_digits_is_refused(tmp_path: Path):
+    number = "9" * 5000
+    source = write(tmp_path / "p.jsonl", f'{{"prompt": "a"}}\n{{"prompt": {number}}}\n')
+    assert str(refused(source)).startswith(f"{source}:2: broken JSON: Exceeds the limit")
+    source = write(tmp_path / "p.json", f'{{"annotations": [{{"id": {number}}}]}}')
+    assert str(refused(source)).startswith(f"{source}: broken JSON: Exceeds the limit")
+
+
 def test_broken_json_line_is_refused_with_its_line(tmp_path: Path):
     source = write(tmp_path / "p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n')
     assert str(refused(source)).startswith(f"{source}:2: broken JSON: ")
@@ -115,6 +137,15 @@ def test_source_that_is_not_there_or_of_no_kind_names_the_choices(tmp_path: Path
     assert "no prompt source is given" in str(refused(""))
 
 
+@pytest.mark.parametrize("source", ["none.txt", "p.csv", "", "tfds:", "tfds:nowhere"])
+@pytest.mark.filterwarnings("ignore")  # of tfds' dependencies
+def test_what_named_the_source_is_named(tmp_path: Path, monkeypatch, source: str):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "p.csv", "a")
+    assert refused(source).key == "data.source"
+    assert refused(source, key="--prompt_file").key == "--prompt_file"
+
+
 # --- tfds ------------------------------------------------------------------------------------
 
 
@@ -150,3 +181,20 @@ def test_tfds_by_name_and_what_it_refuses(data_dir: Path, monkeypatch: pytest.Mo
     assert "Unknown split 'val'" in str(refused("tfds:captions:val"))
     assert "data set has no such text field" in str(refused("tfds:captions:train:title"))
     assert "not a tfds source" in str(refused("tfds:"))
+    for field in ("image", "label", "captions", "captions.id", "caption.text"):
+        said = f"[{field}]: data set has no such text field, expected a field of text"
+        assert said in str(refused(f"tfds:captions:train:{field}"))
+    said = "[latin of example 0]: not UTF-8 text, expected UTF-8, found byte 0xe9 at column 4"
+    assert said in str(refused("tfds:captions:train:latin"))
+
+
+@pytest.mark.filterwarnings("ignore")  # of tfds' dependencies
+def test_tfds_reads_the_project_s_own_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    command = [sys.executable, "-m", "examples.tiny_sd.builder", f"--data_dir={tmp_path}"]
+    subprocess.run([*command, "--scale=0.0005"], check=True, capture_output=True)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    rng = np.random.default_rng([920_001, 0])  # the builder's first chunk
+    captions = [describe(s, rng).text for s in sample_scenes(rng, 1000, pairs="seen")[:10]]
+    assert sorted(load_prompts("tfds:tiny_scenes").texts) == sorted(captions)
+    assert len(load_prompts("tfds:tiny_scenes:unseen")) == 1
+    assert "no such text field" in str(refused("tfds:tiny_scenes:train:image"))

@@ -195,3 +195,32 @@ def test_command_refuses_two_choices_and_none():
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--real", "--num_seen=0", "--num_unseen=0"), "[--num_seen, --num_unseen]: no prompts"),
+        (("--model=assets/tiny-sd", "--num_steps=1"), "assets/tiny-sd: num_steps 1 with leading"),
+        (
+            ("--model=assets/tiny-sd", "--teacher", "--guidance_scale=nan"),
+            "assets/tiny-sd: guidance_scale nan: expected a finite number",
+        ),
+        (
+            ("--model=tests/reference/model", "--teacher"),
+            "tests/reference/model: makes pictures of another size, expected 64, found 128",
+        ),
+    ],
+)
+def test_command_says_in_one_line_what_makes_no_pictures(flags, said):
+    done = _command(*flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {said}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_one_step_of_the_teacher_is_measured():
+    flags = ("--model=assets/tiny-sd", "--teacher", "--num_steps=1")
+    done = _command(*flags, "--num_seen=2", "--num_unseen=0")
+    assert done.returncode == 0, done.stderr
+    assert "| assets/tiny-sd |" in done.stdout

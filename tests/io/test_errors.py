@@ -159,6 +159,11 @@ def test_flags_and_configs_at_fault_are_named(run, args: list[str], line: str) -
             "broken.py:2: NameError: name 'lost' is not defined",
         ),
         ("def get_config():\n    raise ValueError('no')", "[--config]: ValueError: no"),
+        (
+            "def get_config():\n    return {'steps': 1}",
+            "broken.py [--config]: get_config returns no config, expected an "
+            "ml_collections.ConfigDict, found dict",
+        ),
     ],
 )
 def test_a_broken_config_file_is_named_with_its_line(
@@ -167,6 +172,11 @@ def test_a_broken_config_file_is_named_with_its_line(
     (tmp_path / "broken.py").write_text(text)
     done = run("pass", "--config=broken.py")
     assert (done.returncode, done.stderr) == (2, f"error: {line}\n")
+
+
+def test_a_file_name_that_is_not_text_can_be_printed(run) -> None:
+    done = run(r"print('wrote \udcff')")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "running \nwrote \\udcff\n", "")
 
 
 def test_config_overrides_reach_the_config(run) -> None:

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT
 from tiue_jax.io import files
 from tiue_jax.io.errors import InputError
-from tiue_jax.io.files import new_folder, safe_join, write_atomic
+from tiue_jax.io.files import hidden_folder, new_folder, safe_join, take_number, write_atomic
 
 
 def listing(folder: Path) -> list[str]:
@@ -141,6 +141,37 @@ def test_new_folder_restores_an_empty_folder_on_failure(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no"), new_folder(tmp_path / "out"):
         raise ValueError("no")
     assert listing(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["file/x", "file/deep/x"])
+def test_a_file_is_no_parent_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(InputError, match="file: is a file, expected a folder"):
+        write_atomic(tmp_path / name, "x")
+    with pytest.raises(InputError, match="file: is a file, expected a folder"):
+        with new_folder(tmp_path / name):
+            pytest.fail("the block must not run")
+    assert listing(tmp_path) == ["file"]
+
+
+def test_a_number_is_taken_when_the_folder_is_full(tmp_path: Path) -> None:
+    """The first free one of then: two that are filled at the same time both keep what they have."""
+    parent = tmp_path / "samples"
+    with hidden_folder(parent) as first, hidden_folder(parent) as second:
+        for folder, text in ((first, "1"), (second, "2")):
+            (folder / "a").write_text(text)
+        assert take_number(second) == parent / "000"
+        (parent / "001").write_text("a file")
+        assert take_number(first) == parent / "002"
+    assert listing(tmp_path) == ["samples", "samples/000", "samples/000/a", "samples/001",
+                                 "samples/002", "samples/002/a"]  # fmt: skip
+    assert [(parent / n / "a").read_text() for n in ("000", "002")] == ["2", "1"]
+
+
+def test_a_hidden_folder_without_a_name_leaves_nothing(tmp_path: Path) -> None:
+    with hidden_folder(tmp_path / "deep" / "samples") as folder:
+        (folder / "a").write_text("a")
+    assert listing(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["a.txt", "sub/a.txt", "./a.txt", "..a", "a..b/c", "ä b"])

@@ -163,7 +163,7 @@ def test_settings_that_a_method_has_no_use_for(
 def test_taesd_decodes_in_place_of_the_vae(pipeline: Pipeline) -> None:
     small = replace(pipeline, taesd=load_taesd(MODEL / "taesd"))
     x0 = seed_noise(np.asarray(SEEDS, np.uint32), (16, 16, 4))
-    found = np.asarray(small._decode(x0))
+    found = np.asarray(small._decode(x0)[0])
     pixels = small.taesd.module.apply({"params": small.taesd.params}, x0, method="decode")
     assert found.shape == (2, 128, 128, 3)
     expected = np.clip(np.asarray(pixels) * 127.5 + 128, 0, 255)

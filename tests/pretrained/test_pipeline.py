@@ -1,5 +1,6 @@
 """Prompts to images: what an image may and may not depend on."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,6 +12,7 @@ from tests.xla import FAST
 from tiue_jax.diffusion.ddim import closed_form
 from tiue_jax.diffusion.images import decode_images
 from tiue_jax.diffusion.student import student_forward, student_timesteps
+from tiue_jax.io.errors import RunError
 from tiue_jax.pretrained.pipeline import load_pipeline, seed_noise
 
 PROMPTS = ["a red cube on the blue table", "the blue sky", "three red stones in the rain"]
@@ -80,6 +82,50 @@ def test_teacher_guidance_and_negative_prompt_matter(pipeline):
     # u = c where the negative prompt is the prompt: guidance of any size does nothing
     same = one(guidance_scale=7.5, negative_prompt=PROMPTS[0])
     assert apart(plain, same) <= ONE_BYTE
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf])
+def test_guidance_that_is_no_number_is_refused(pipeline, scale):
+    with pytest.raises(ValueError, match=f"guidance_scale {scale}: expected a finite number"):
+        pipeline.sample(PROMPTS[:1], [0], method="teacher", guidance_scale=scale)
+
+
+def test_an_image_that_is_not_finite_is_no_black_image(pipeline):
+    with pytest.raises(RunError, match="image 0 is not finite: seed 3, prompt 'a red cube"):
+        pipeline.sample(PROMPTS, [3, 4, 5], method="teacher", num_steps=2, guidance_scale=3e38)
+
+
+def test_a_not_finite_latent_or_pixel_is_seen_by_its_image(pipeline):
+    vae, params = pipeline.model.vae, pipeline.model.params["vae"]
+    latents = seed_noise(np.arange(2, dtype=np.uint32), (16, 16, 4))
+    images, finite = pipeline._decode(latents)
+    np.testing.assert_array_equal(
+        images, jax.jit(decode_images, static_argnums=0)(vae, params, latents)
+    )
+    assert finite.tolist() == [True, True]
+    assert pipeline._decode(latents.at[1, 2, 3, 0].set(np.nan))[1].tolist() == [True, False]
+    bias = params["decoder"]["conv_out"]["bias"].at[1].set(np.inf)
+    spoiled = {
+        **params,
+        "decoder": {
+            **params["decoder"],
+            "conv_out": {**params["decoder"]["conv_out"], "bias": bias},
+        },
+    }
+    model = replace(pipeline.model, params={**pipeline.model.params, "vae": spoiled})
+    assert replace(pipeline, model=model)._decode(latents)[1].tolist() == [False, False]
+
+
+def test_a_prompt_is_tokenised_once(pipeline, monkeypatch):
+    """Or what is cut of it would be told of with every image."""
+    tokenizer, seen = pipeline.model.tokenizer, []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda texts: seen.extend(texts) or encode(texts))
+    again = [PROMPTS[1], PROMPTS[0], PROMPTS[1]]
+    images = pipeline.sample(again, [6, 5, 6], method="tiue")
+    assert seen == again[:2]
+    np.testing.assert_array_equal(images[0], images[2])
+    assert apart(images[:1], images[1:2]) > 0
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

@@ -13,8 +13,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tests.training.small_step import settled
-from tests.training.test_loop import ToyStep
 from tests.training.tiny_run import make_config
+from tests.training.toy_step import ToyStep
 from tiue_jax.data.pipeline import CutReport
 from tiue_jax.training import setup, summaries
 

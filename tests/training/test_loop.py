@@ -17,74 +17,20 @@ from ml_collections import ConfigDict
 
 from tests.pretrained.folders import MODEL
 from tests.training.tiny_run import PROMPTS, make_config, make_prompts, make_teacher
+from tests.training.toy_step import ToyStep, put_in_toy, use_devices
 from tiue_jax.io.errors import InputError, Preempted, RunError
 from tiue_jax.pretrained.folder import load_stable_diffusion
-from tiue_jax.training import loop, setup, sharding, summaries
+from tiue_jax.training import loop, setup, summaries
 from tiue_jax.training.checkpoint import Checkpoints, restore_params
 from tiue_jax.training.loop import train
-from tiue_jax.training.state import update_ema
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-MAKE_MESH = sharding.make_mesh
-
-
-class ToyStep:
-    """Stands in for `make_step`: the student moves by a number of prompts, key, step and rate."""
-
-    def __init__(self, nan_at: int = -1) -> None:
-        self.nan_at = nan_at
-        self.options: Any = None
-        self.text_image: Any = None
-
-    def __call__(
-        self,
-        unet: Any,
-        text_encoder: Any,
-        schedule: Any,
-        options: Any,
-        *,
-        text_image: Any = None,
-        lora_only: bool = False,
-    ):
-        self.options, self.text_image = options, text_image or self.text_image
-
-        def step(state: Any, frozen: Any, input_ids: jax.Array, key: jax.Array):
-            noise = jax.random.normal(jax.random.fold_in(key, state.step))
-            loss = jnp.mean(input_ids.astype(jnp.float32)) * 1e-3 + noise
-            loss = jnp.where(state.step + 1 == self.nan_at, jnp.nan, loss)
-            if lora_only:
-                return state.replace(step=state.step + 1), {"loss/lora": noise}
-            student = jax.tree.map(lambda p: p - options.student_lr * loss, state.student)
-            ema = update_ema(state.ema, student, jnp.float32(0.5))
-            state = state.replace(step=state.step + 1, student=student, ema=ema)
-            return state, {"loss/vsd": loss, "loss/kl": loss * 0, "loss/lora": noise}
-
-        return step
 
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> ToyStep:
     """Put the toy step in, without Adam's moments, on the first of the suite's devices."""
     return put_in_toy(monkeypatch)
-
-
-def put_in_toy(monkeypatch: pytest.MonkeyPatch) -> ToyStep:
-    step, start = ToyStep(), setup.init_state
-
-    def start_without_adam(*args: Any, **named: Any) -> Any:
-        return start(*args, **named).replace(student_opt=(), lora_opt=())
-
-    monkeypatch.setattr(setup, "make_step", step)
-    monkeypatch.setattr(setup, "init_state", start_without_adam)
-    use_devices(monkeypatch, 1)
-    return step
-
-
-def use_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    some = jax.devices()[:count]
-    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: MAKE_MESH(data, fsdp, some))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tiue_jax.io.errors import InputError
 
 TFDS_PREFIX = "tfds:"
@@ -46,13 +48,15 @@ class Prompts:
         """SHA-256 (hex) of the texts in order: equal if a run would see the same prompts."""
         digest = hashlib.sha256()
         for text in self.texts:
-            encoded = text.encode("utf-8", "surrogatepass")
+            encoded = text.encode("utf-8")
             digest.update(len(encoded).to_bytes(8, "little"))
             digest.update(encoded)
         return digest.hexdigest()
 
 
-def load_prompts(source: str, *, field: str = "", deduplicate: bool = False) -> Prompts:
+def load_prompts(
+    source: str, *, field: str = "", deduplicate: bool = False, key: str = "data.source"
+) -> Prompts:
     """Read all prompts of `source`.
 
     Args:
@@ -63,32 +67,49 @@ def load_prompts(source: str, *, field: str = "", deduplicate: bool = False) -> 
             Empty takes "prompt" of JSON lines, "caption" of COCO's JSON, and of a data set the
             first of "caption", "captions.text", "prompt", "text" that it has.
         deduplicate: keep only the first of equal texts.
+        key: the config key or flag that named the source, for messages.
 
     Raises:
         InputError: the source is missing, empty, broken, or without the field; with file and line.
     """
-    texts = [text for raw in _read(source, field) if (text := raw.strip())]
+    texts = [text for raw in _read(source, field, key) if (text := raw.strip())]
     if not texts:
         raise InputError("holds no prompts", file=source, expected="at least one that is not blank")
     kept = tuple(dict.fromkeys(texts)) if deduplicate else tuple(texts)
     return Prompts(kept, source, repeats=len(texts) - len(kept))
 
 
-def _read(source: str, field: str) -> Iterator[str]:
+def require_text(text: str, **place: Any) -> None:
+    """Refuse a text that no tokenizer takes: one with half of a surrogate pair.
+
+    JSON can hold one as an escape, and a command line that is not UTF-8 becomes some.
+
+    Args:
+        place: file, line and key of the text, as for `InputError`.
+
+    Raises:
+        InputError: the text cannot be written as UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"{text[error.start]!a} at character {error.start + 1}"
+        raise InputError("not UTF-8 text", **place, expected="UTF-8", found=found) from error
+
+
+def _read(source: str, field: str, key: str) -> Iterator[str]:
     if source.startswith(TFDS_PREFIX):
-        return _read_tfds(source, field)
+        return _read_tfds(source, field, key)
     path = Path(source)
     reader = _READERS.get(path.suffix.lower())
     choices = f"one of {', '.join(sorted(_READERS))}, or {TFDS_PREFIX}NAME[:split][:field]"
     if not source:
-        raise InputError("no prompt source is given", key="data.source", expected=choices)
+        raise InputError("no prompt source is given", key=key, expected=choices)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
-        raise InputError(what, file=source, key="data.source", expected=choices)
+        raise InputError(what, file=source, key=key, expected=choices)
     if reader is None:
-        raise InputError(
-            "unknown kind of prompt file", file=source, key="data.source", expected=choices
-        )
+        raise InputError("unknown kind of prompt file", file=source, key=key, expected=choices)
     return reader(path, field)
 
 
@@ -96,15 +117,17 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, text) for the lines that are not blank."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
-            try:
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                found = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-                raise InputError(
-                    "not UTF-8 text", file=path, line=number, expected="UTF-8", found=found
-                ) from error
-            if text:
+            encoding = "utf-8-sig" if number == 1 else "utf-8"
+            if text := _decode(raw, encoding, file=path, line=number).strip():
                 yield number, text
+
+
+def _decode(raw: bytes, encoding: str = "utf-8", **place: Any) -> str:
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
+        raise InputError("not UTF-8 text", **place, expected="UTF-8", found=found) from error
 
 
 def _read_text(path: Path, field: str) -> Iterator[str]:
@@ -116,7 +139,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
     for number, line in _read_lines(path):
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: a number of 5000 digits, too
             raise InputError(f"broken JSON: {error}", file=path, line=number) from error
         yield from _pick(record, field or _JSONL_FIELD, file=path, line=number)
 
@@ -124,7 +147,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
 def _read_coco(path: Path, field: str) -> Iterator[str]:
     try:
         document = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"broken JSON: {error}", file=path) from error
     records = document.get("annotations") if isinstance(document, dict) else None
     if not isinstance(records, list):
@@ -153,26 +176,28 @@ def _pick(record: Any, field: str, *, file: str | Path, line: int | None = None)
             raise InputError(
                 "field is not text", file=file, line=line, key=field, expected="text", found=found
             )
+        require_text(text, file=file, line=line, key=field)
     return texts
 
 
-def _read_tfds(source: str, field: str) -> Iterator[str]:
+def _read_tfds(source: str, field: str, key: str) -> Iterator[str]:
     """Yield the texts of one field. Reads only that field's bytes into Python: images stay packed.
 
     The builder is made from the prepared files and not from its code, because the code of many
     builders (coco_captions among them) imports TensorFlow.
     """
-    name, split, named = _parse_tfds(source)
+    name, split, named = _parse_tfds(source, key)
     import tensorflow_datasets as tfds  # seconds to import; only where it is asked for
 
-    builder = _open_tfds(name, source)
+    builder = _open_tfds(name, source, key)
     features = builder.info.features
-    field = named or field or next((f for f in _TFDS_FIELDS if _feature(features, f)), "")
-    if not field or not _feature(features, field):
+    field = named or field or next((f for f in _TFDS_FIELDS if _is_text(features, f)), "")
+    if not field or not _is_text(features, field):
         raise InputError(
             "data set has no such text field",
             file=source,
-            key=field or "data.field",
+            key=field or key,
+            expected=f"a field of text, named as {TFDS_PREFIX}NAME:SPLIT:FIELD",
             found=f"the fields {', '.join(sorted(features))}",
         )
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
@@ -190,25 +215,25 @@ def _read_tfds(source: str, field: str) -> Iterator[str]:
         value = only.deserialize_example_np(rows[index])[outer]
         for name in inner:
             value = value[name]
-        for text in [value] if isinstance(value, bytes | str) else value:
-            yield text.decode("utf-8") if isinstance(text, bytes) else text
+        for raw in [value] if isinstance(value, bytes) else value:
+            yield _decode(raw, file=source, key=f"{field} of example {index}")
 
 
-def _parse_tfds(source: str) -> tuple[str, str, str]:
+def _parse_tfds(source: str, key: str) -> tuple[str, str, str]:
     """Split `tfds:NAME[:split][:field]` into name, split ("train" if not said) and field ("")."""
     parts = re.split(r":(?![^\[]*\])", source.removeprefix(TFDS_PREFIX))  # train[:2] is one part
     if not parts[0] or len(parts) > 3:
         raise InputError(
             "not a tfds source",
             file=source,
-            key="data.source",
+            key=key,
             expected="tfds:NAME[:split][:field]",
         )
     name, split, field = (parts + ["", ""])[:3]
     return name, split or "train", field
 
 
-def _open_tfds(name: str, source: str) -> Any:
+def _open_tfds(name: str, source: str, key: str) -> Any:
     """Return the read-only builder of a prepared data set, by its name or its folder."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
@@ -222,7 +247,7 @@ def _open_tfds(name: str, source: str) -> Any:
         raise InputError(
             "no such prepared data set",
             file=source,
-            key="data.source",
+            key=key,
             expected=(
                 "one built before (`tfds build NAME --file_format=array_record`) in "
                 "$TFDS_DATA_DIR or ~/tensorflow_datasets, or the folder of a version"
@@ -230,16 +255,20 @@ def _open_tfds(name: str, source: str) -> Any:
         ) from error
 
 
-def _feature(features: Any, field: str) -> Any:
-    """Return the feature at a dotted `field`, or None."""
-    found = features
+def _is_text(features: Any, field: str) -> bool:
+    """Whether there is a dotted `field`, and it is a text or a sequence of texts."""
+    import tensorflow_datasets as tfds
+
+    found, sequences = features, 0
     for name in field.split("."):
-        found = getattr(found, "feature", found)  # a Sequence holds its features in `feature`
         try:
             found = found[name]
         except (KeyError, TypeError):
-            return None
-    return found
+            return False
+        if isinstance(found, tfds.features.Sequence):
+            found, sequences = found.feature, sequences + 1
+    scalar = isinstance(found, tfds.features.Tensor) and found.shape == ()
+    return scalar and np.dtype(found.np_dtype).kind == "O" and sequences <= 1
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {

@@ -15,6 +15,7 @@ Any other exception is a mistake of ours and keeps its traceback.
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import re
 import sys
@@ -141,6 +142,8 @@ def _run(main: Main, argv: list[str]) -> int:
         return EXIT_DONE
     rest = _parse_flags(argv)
     absl_logging.use_absl_handler()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may be of any bytes
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = main(rest)
     return EXIT_DONE if code is None else code
 
@@ -156,9 +159,21 @@ def _parse_flags(argv: list[str]) -> list[str]:
         rest = list(flags.FLAGS(argv))
         for name in flags.FLAGS:
             flag = flags.FLAGS[name]
-            if flag.present and hasattr(flag, "config_filename"):
-                hasattr(flag.value, "lock")  # raises OSError if it was not loaded
+            if (
+                flag.present
+                and hasattr(flag, "config_filename")
+                and not hasattr(flag.value, "lock")  # raises OSError if it was not loaded
+            ):
+                raise InputError(
+                    "get_config returns no config",
+                    file=flag.config_filename,
+                    key=f"--{name}",
+                    expected="an ml_collections.ConfigDict",
+                    found=type(flag.value).__name__,
+                )
         return rest
+    except InputError:
+        raise
     except flags.Error as error:
         if "Traceback" in str(error):  # a config that raises ValueError or TypeError
             raise InputError(_last_line(error), key="--config") from error

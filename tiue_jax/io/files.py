@@ -8,6 +8,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from tiue_jax.io.errors import InputError
@@ -22,11 +23,12 @@ def write_atomic(path: StrPath, data: bytes | str) -> None:
     Missing parent folders are made. Text is written as UTF-8, line ends as they are.
 
     Raises:
+        InputError: a file lies where a parent folder should be.
         OSError: the write failed; `path` is as it was and nothing is left beside it.
     """
     target = Path(path)
     payload = data.encode("utf-8") if isinstance(data, str) else data
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_parents(target)
     temporary = _sibling(target)
     try:
         with open(temporary, "xb") as file:
@@ -49,31 +51,70 @@ def new_folder(path: StrPath) -> Iterator[Path]:
     with the parent folders that were made for it. An empty folder at `path` counts as free.
 
     Raises:
-        InputError: something that is not an empty folder is at `path`, now or when the block ends.
+        InputError: something that is not an empty folder is at `path`, now or when the block ends;
+            or a file lies where a parent folder should be.
     """
     target = Path(path).resolve()  # rename would replace a link, and not fill the folder behind it
     _require_free(target, shown=path)
-    made = [folder for folder in target.parents if not folder.exists()]  # deepest first
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _sibling(target)
-    try:
-        temporary.mkdir()
+    with hidden_folder(target.parent, target.name) as temporary:
         yield temporary
         _sync_tree(temporary)
         _require_free(target, shown=path)
-        try:
-            os.rename(temporary, target)  # POSIX: onto an empty folder only, and in one step
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise _in_use(path) from error
-            raise
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for folder in made:
-            with suppress(OSError):  # not empty: somebody else uses it by now
-                folder.rmdir()
-        raise
-    _sync_folder(target.parent)
+        if not _rename(temporary, target):
+            raise _in_use(path)
+
+
+@contextmanager
+def hidden_folder(parent: StrPath, name: str = "new") -> Iterator[Path]:
+    """Yield a new folder in `parent` with a hidden name: fill it, and rename it.
+
+    If it still has that name when the block ends it is removed, and so are the parent folders that
+    were made for it, unless something lies in them.
+
+    Args:
+        name: becomes a part of the hidden one.
+
+    Raises:
+        InputError: a file lies where `parent` or a folder above it should be.
+    """
+    folder = _sibling(Path(parent) / name)
+    made = [above for above in folder.parents if not above.exists()]  # deepest first
+    make_parents(folder)
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for above in made:
+            with suppress(OSError):  # not empty
+                above.rmdir()
+    _sync_folder(folder.parent)
+
+
+def take_number(folder: Path) -> Path:
+    """Rename a full `hidden_folder` to the first free of 000, 001, ... beside it; return that.
+
+    Looking and taking are one step: of several processes, each gets a name of its own.
+    """
+    _sync_tree(folder)
+    names = (folder.with_name(f"{i:03d}") for i in count())
+    return next(name for name in names if _rename(folder, name))
+
+
+def make_parents(path: StrPath, *, key: str | None = None) -> None:
+    """Make the folders above `path` that are missing.
+
+    Args:
+        key: the flag that named `path`, for the message.
+
+    Raises:
+        InputError: a file lies where one of them should be.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(folder for folder in Path(path).parents if os.path.lexists(folder))
+        raise InputError("is a file", file=file, key=key, expected="a folder") from error
 
 
 def safe_join(folder: StrPath, name: str) -> Path:
@@ -101,6 +142,17 @@ def safe_join(folder: StrPath, name: str) -> Path:
     if not inside:
         raise refuse("file name leads out of its folder through a link")
     return joined
+
+
+def _rename(folder: Path, target: Path) -> bool:
+    """Rename in one step, onto nothing or an empty folder; False: something else is there."""
+    try:
+        os.rename(folder, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            return False
+        raise
+    return True
 
 
 def _sibling(target: Path) -> Path:

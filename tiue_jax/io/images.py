@@ -65,4 +65,6 @@ def write_samples(
         listed.append({"file": name, "prompt": prompt, "seed": seed})
     (folder / "grid.png").write_bytes(encode_png(image_grid(images)))
     text = json.dumps({"settings": settings, "images": listed}, indent=1, ensure_ascii=False)
-    (folder / "samples.json").write_text(text + "\n", encoding="utf-8")
+    # A flag may name a file whose name is not UTF-8: its bytes become JSON's escapes.
+    encoded = (text + "\n").encode("utf-8", "backslashreplace")
+    (folder / "samples.json").write_bytes(encoded)

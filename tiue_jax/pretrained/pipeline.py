@@ -8,6 +8,7 @@ An image is a function of its prompt and its seed: not of the batch, nor of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,15 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from tiue_jax.diffusion.ddim import closed_form, ddim_sample
 from tiue_jax.diffusion.euler import euler_sample
-from tiue_jax.diffusion.images import decode_images
+from tiue_jax.diffusion.images import decode_pixels, to_bytes
 from tiue_jax.diffusion.lcm import lcm_sample, step_noises
 from tiue_jax.diffusion.one_step import one_step_sample
 from tiue_jax.diffusion.student import student_forward, student_timesteps
-from tiue_jax.io.errors import InputError
+from tiue_jax.io.errors import InputError, RunError
 from tiue_jax.io.files import StrPath
 from tiue_jax.models.clip import CLIPTextEncoder
 from tiue_jax.models.taesd import AutoencoderTiny
@@ -90,6 +91,7 @@ class Pipeline:
 
         Raises:
             ValueError: numbers of prompts and seeds differ, or settings that make no image.
+            RunError: an image is not finite.
         """
         model = self.model
         name = choose_method(model, method)
@@ -99,6 +101,8 @@ class Pipeline:
             num_steps = student.num_steps if name == "tiue" else told.num_steps
         if told.guidance_scale is None and guidance_scale not in (None, 1.0):
             raise ValueError(f"guidance_scale {guidance_scale}: method {name} has no guidance")
+        if guidance_scale is not None and not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale {guidance_scale}: expected a finite number")
         w = default_guidance(model, name) if guidance_scale is None else guidance_scale
         embedded = model.unet.time_cond_dim is not None
         guided = w is not None and (w != 1.0 or embedded)
@@ -147,7 +151,9 @@ class Pipeline:
         """The text encoder's context of token ids."""
         return _encode(self.model.text_encoder, self.model.params["text_encoder"], input_ids)
 
-    def _decode(self, latents: Float[Array, "b h w c"]) -> UInt8[Array, "b H W 3"]:
+    def _decode(
+        self, latents: Float[Array, "b h w c"]
+    ) -> tuple[UInt8[Array, "b H W 3"], Bool[Array, " b"]]:
         if self.taesd is not None:
             return _decode(self.taesd.module, self.taesd.params, latents)
         return _decode(self.model.vae, self.model.params["vae"], latents)
@@ -174,7 +180,9 @@ class Pipeline:
         split = NamedSharding(mesh, PartitionSpec("data"))
         size = -(-min(self.batch_size, max(len(prompts), 1)) // devices) * devices
         shape = (model.latent_size, model.latent_size, model.unet.in_channels)
-        input_ids = model.tokenizer(list(prompts))
+        order = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        unique_ids = model.tokenizer(list(order))  # each once: it warns of what it cuts
+        input_ids = unique_ids[[order[prompt] for prompt in prompts]]
         side = model.latent_size * model.pixels_per_latent
         done = [np.zeros((0, side, side, model.vae.in_channels), np.uint8)]
         starts = range(0, len(prompts), size)
@@ -185,7 +193,10 @@ class Pipeline:
             with jax.set_mesh(mesh):  # or TPUs would not take the attention kernel
                 context = self.encode(ids)
                 x0 = latents(model.params["unet"], seed_noise(chosen, shape), context, chosen)
-                images = self._decode(x0)
+                images, finite = self._decode(x0)
+            if not np.all(finite):
+                i = int(rows[np.argmin(finite)])
+                raise RunError(f"image {i} is not finite: seed {seeds[i]}, prompt {prompts[i]!r}")
             done.append(np.asarray(images)[: len(prompts) - start])
         return np.concatenate(done)
 
@@ -210,8 +221,12 @@ def _encode(text_encoder: CLIPTextEncoder, params: Any, ids: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames="vae")
-def _decode(vae: AutoencoderKL | AutoencoderTiny, params: Any, latents: Array) -> Array:
-    return decode_images(vae, params, latents)
+def _decode(
+    vae: AutoencoderKL | AutoencoderTiny, params: Any, latents: Array
+) -> tuple[Array, Array]:
+    """The images, and which of them are finite: in bytes a NaN is a black pixel."""
+    pixels = decode_pixels(vae, params, latents)
+    return to_bytes(pixels), jnp.isfinite(pixels).all((1, 2, 3))
 
 
 @partial(jax.jit, static_argnames="unet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +21,9 @@ _METHOD = flags.DEFINE_enum("method", "auto", ["auto", *METHODS], "How images ar
 _TEACHER = flags.DEFINE_bool("teacher", False, "The same as --method=teacher.")
 _STEPS = flags.DEFINE_integer("num_steps", None, "Decoders or steps; by default the method's.", 1)
 _GUIDANCE = flags.DEFINE_float("guidance_scale", None, "w, where there is one; 1: no guidance.", 0)
+flags.register_validator(
+    _GUIDANCE, lambda w: w is None or math.isfinite(w), "expected a finite number"
+)
 _NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from.")
 _BATCH = flags.DEFINE_integer("batch_size", 8, "Images made at a time.", 1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")

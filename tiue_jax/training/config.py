@@ -12,6 +12,7 @@ from typing import Any
 import optax
 from ml_collections import ConfigDict
 
+from tiue_jax.data.prompts import require_text
 from tiue_jax.diffusion.schedule import TIMESTEP_SPACINGS
 from tiue_jax.io.errors import InputError
 from tiue_jax.models.unet import REMAT_POLICIES
@@ -117,6 +118,8 @@ def check_config(config: ConfigDict) -> None:
         _require(key, values[key], f"{meaning}: --config.{key}=...", bool)
     for key in _TUPLES:
         _require(key, values[key], "texts", lambda v: all(isinstance(t, str) and t for t in v))
+        for text in values[key]:
+            require_text(text, key=key)
     for key in ("mesh.data", "mesh.fsdp"):
         _require(key, values[key], "-1 or at least 1", lambda v: v != 0)
 

@@ -21,7 +21,7 @@ from tiue_jax.io.errors import Preempted, RunError
 from tiue_jax.pretrained.folder import TRAINING_FILE
 from tiue_jax.training import sharding
 from tiue_jax.training.checkpoint import Checkpoints
-from tiue_jax.training.config import flatten, refuse_changes
+from tiue_jax.training.config import check_config, flatten, refuse_changes
 from tiue_jax.training.export import export_student
 from tiue_jax.training.hosts import ALONE, Hosts, code_version, compiler_options
 from tiue_jax.training.preemption import catch_signals
@@ -44,6 +44,7 @@ def train(config: ConfigDict, workdir: Path, hosts: Hosts = ALONE) -> None:
         RunError: a metric or a weight is not finite.
         Preempted: told to stop, and saved.
     """
+    check_config(config)
     workdir = workdir.resolve()
     end, log = config.train.iterations, config.log
     with ExitStack() as stack, hosts.stop_together():

@@ -27,7 +27,7 @@ from tiue_jax.pretrained.folder import StableDiffusion, load_stable_diffusion
 from tiue_jax.pretrained.hub import resolve_model, resolve_network
 from tiue_jax.training import sharding
 from tiue_jax.training.checkpoint import inspect_arrays
-from tiue_jax.training.config import check_config, flatten, step_options
+from tiue_jax.training.config import flatten, step_options
 from tiue_jax.training.hosts import ALONE, Hosts, code_version
 from tiue_jax.training.options import StepOptions
 from tiue_jax.training.state import Frozen, TrainState, init_state
@@ -74,7 +74,6 @@ def set_up(config: ConfigDict, say: Callable[[str], None], hosts: Hosts = ALONE)
     Raises:
         InputError: config, prompts or teacher are not usable, or not the same on all hosts.
     """
-    check_config(config)
     with blame("mesh"):
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     with blame("train.batch_size"):

@@ -11,12 +11,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
+from tiue_jax.data.pipeline import CutReport
 from tiue_jax.diffusion.ddim import closed_form
 from tiue_jax.diffusion.images import decode_images
 from tiue_jax.diffusion.student import student_forward
 from tiue_jax.pretrained.folder import StableDiffusion
 from tiue_jax.training.options import StepOptions
 from tiue_jax.training.sharding import batch_sharding, shard
+from tiue_jax.training.summaries import say
 
 Draw = Callable[[Any], UInt8[np.ndarray, "n h w 3"]]
 
@@ -31,7 +33,7 @@ def make_validation(
     """Return draw(student parameters) -> one image a prompt, in one pass.
 
     Image i is of prompt i and of the noise of (key, i): it changes with the parameters alone. The
-    devices of the mesh share the images.
+    devices of the mesh share the images. Says what of a prompt is too long for the tokenizer.
 
     Args:
         sd: the teacher: modules, text encoder, VAE, schedule; its UNet's parameters are not read.
@@ -41,7 +43,7 @@ def make_validation(
     S, E = closed_form(sd.schedule, timesteps)
     shape = (options.latent_size, options.latent_size, sd.unet.in_channels)
     everywhere, split = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
-    ids, _ = sd.tokenizer.encode(prompts)
+    ids = CutReport(sd.tokenizer.encode, say, shown=len(prompts))(prompts)
     count = len(ids)
     rows = np.arange(-(-count // mesh.size) * mesh.size) % count  # as many for each device
 

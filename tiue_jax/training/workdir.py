@@ -16,7 +16,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from tiue_jax.io.errors import InputError
-from tiue_jax.io.files import write_atomic
+from tiue_jax.io.files import make_parents, write_atomic
 from tiue_jax.training.hosts import ALONE, Hosts
 
 RUN_FILE = "run.json"
@@ -51,7 +51,7 @@ def claim(workdir: Path, hosts: Hosts = ALONE) -> Iterator[None]:
             key="--workdir",
             expected="a new or empty folder, or that of a run to resume",
         )
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_parents(workdir / _LOCK_FILE, key="--workdir")
     descriptor = os.open(workdir / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:

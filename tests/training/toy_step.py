@@ -1,0 +1,63 @@
+"""A step that compiles in no time, for tests of what is around it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tiue_jax.training import setup, sharding
+from tiue_jax.training.state import update_ema
+
+MAKE_MESH = sharding.make_mesh
+
+
+class ToyStep:
+    """Stands in for `make_step`: the student moves by a number of prompts, key, step and rate."""
+
+    def __init__(self, nan_at: int = -1) -> None:
+        self.nan_at = nan_at
+        self.options: Any = None
+        self.text_image: Any = None
+
+    def __call__(
+        self,
+        unet: Any,
+        text_encoder: Any,
+        schedule: Any,
+        options: Any,
+        *,
+        text_image: Any = None,
+        lora_only: bool = False,
+    ):
+        self.options, self.text_image = options, text_image or self.text_image
+
+        def step(state: Any, frozen: Any, input_ids: jax.Array, key: jax.Array):
+            noise = jax.random.normal(jax.random.fold_in(key, state.step))
+            loss = jnp.mean(input_ids.astype(jnp.float32)) * 1e-3 + noise
+            loss = jnp.where(state.step + 1 == self.nan_at, jnp.nan, loss)
+            if lora_only:
+                return state.replace(step=state.step + 1), {"loss/lora": noise}
+            student = jax.tree.map(lambda p: p - options.student_lr * loss, state.student)
+            ema = update_ema(state.ema, student, jnp.float32(0.5))
+            state = state.replace(step=state.step + 1, student=student, ema=ema)
+            return state, {"loss/vsd": loss, "loss/kl": loss * 0, "loss/lora": noise}
+
+        return step
+
+
+def put_in_toy(monkeypatch: pytest.MonkeyPatch) -> ToyStep:
+    step, start = ToyStep(), setup.init_state
+
+    def start_without_adam(*args: Any, **named: Any) -> Any:
+        return start(*args, **named).replace(student_opt=(), lora_opt=())
+
+    monkeypatch.setattr(setup, "make_step", step)
+    monkeypatch.setattr(setup, "init_state", start_without_adam)
+    use_devices(monkeypatch, 1)
+    return step
+
+
+def use_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    some = jax.devices()[:count]
+    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: MAKE_MESH(data, fsdp, some))
