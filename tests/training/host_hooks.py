@@ -75,21 +75,21 @@ def before_steps(do: Callable[[], Any]) -> None:
 
 
 def record_prompts(file: Path) -> None:
-    """Write down every prompt that is read, in order."""
-    tokenize = CutReport.__call__
+    """Write down every prompt that is trained on, in order."""
 
-    def recorded(self: CutReport, texts: Sequence[str]) -> Any:
-        with file.open("a") as lines:
-            lines.writelines(f"{text}\n" for text in texts)
-        return tokenize(self, texts)
+    class Recorded(CutReport):
+        def __call__(self, texts: Sequence[str]) -> Any:
+            with file.open("a") as lines:
+                lines.writelines(f"{text}\n" for text in texts)
+            return super().__call__(texts)
 
-    CutReport.__call__ = recorded  # type: ignore[method-assign]
+    setup.CutReport = Recorded
 
 
 def full_disk() -> None:
-    """As a disk that has no room for the arrays of a checkpoint."""
+    """As a disk that has no room for the arrays of a checkpoint, and has for the log."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
 
 
 def fail() -> None:

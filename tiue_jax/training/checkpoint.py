@@ -68,7 +68,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The step of the newest committed checkpoint, or None."""
-        return self._manager.latest_step()
+        return max(map(int, ocp.utils.checkpoint_steps(self._folder)), default=None)
 
     def save(self, step: int, state: Any, meta: Meta, batches: grain.DatasetIterator) -> None:
         """Start to save `state` as checkpoint `step`; a step that is there already is left alone.
@@ -199,10 +199,8 @@ class Checkpoints:
         except RunError:
             raise
         except Exception as error:  # of every kind
-            steps = sorted(ocp.utils.checkpoint_steps(self._folder))
-            newest = f"the newest is of step {steps[-1]}" if steps else "there is none"
             raise RunError(
-                f"a checkpoint cannot be written to {self._folder}: {_brief(error)}; {newest}"
+                f"a checkpoint cannot be written to {self._folder}: {_brief(error)}"
             ) from error
 
 

@@ -59,6 +59,7 @@ def train(config: ConfigDict, workdir: Path, hosts: Hosts = ALONE) -> None:
 
         # ---- Restore: the newest whole checkpoint, else the teacher's weights ------------------
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, hosts=hosts)
+        stack.enter_context(_say_where_to_resume(checkpoints))
         stack.callback(checkpoints.close)  # waits for the last save, however the run ends
         found = checkpoints.restore(
             run.abstract, run.batches, lambda meta: refuse_changes(meta, run.description, workdir)
@@ -81,7 +82,6 @@ def train(config: ConfigDict, workdir: Path, hosts: Hosts = ALONE) -> None:
             summaries.write_images(0, {"student": draw(state.ema)})
 
         # ---- Iterate: nothing waits for the device but logs, images and saves --------------------
-        stack.enter_context(_say_where_to_resume(checkpoints))
         window, clock = Window(), StepClock(start)
         key_draws = _everywhere(run.mesh, key_draws)
         for step in range(start + 1, end + 1):
