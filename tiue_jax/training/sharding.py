@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from tiue_jax.training.state import Frozen, TrainState
 
-_TOGETHER = 8  # devices that hold one state, where the config does not say
+TOGETHER = 8  # devices that hold one state, where the config does not say
 BATCH = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()
 
@@ -47,7 +47,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list[Any] | None = None) -
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
-    sizes = [data, math.gcd(count, _TOGETHER) if data == fsdp == -1 else fsdp]
+    sizes = [data, math.gcd(count, TOGETHER) if data == fsdp == -1 else fsdp]
     if -1 in sizes:
         other = max(sizes)
         if other > 0 and count % other == 0:

@@ -298,8 +298,8 @@ def advice(config: ConfigDict, chips: int, what: str) -> str:
     found = []
     if config.train.remat != "blocks":
         found.append("--config.train.remat=blocks")
-    if 0 < config.mesh.fsdp < min(chips, 8):
-        found.append(f"--config.mesh.fsdp={min(chips, 8)}")
+    if 0 < config.mesh.fsdp < min(chips, sharding.TOGETHER):
+        found.append(f"--config.mesh.fsdp={min(chips, sharding.TOGETHER)}")
     if not config.mesh.shard_teacher:
         found.append("--config.mesh.shard_teacher=True")
     if config.train.teacher_dtype != "bfloat16":
