@@ -115,6 +115,18 @@ def test_our_own_mistakes_keep_their_traceback(run) -> None:
     assert "Traceback" in done.stderr and "numbers" in done.stderr
 
 
+def test_what_callbacks_raise_is_told_once_in_a_line(run) -> None:
+    """As tensorstore's threads do after a write has failed: `__del__` can raise to nobody either."""
+    body = (
+        "Lost = type('Lost', (), {'__del__': lambda self: 1 / 0}); [Lost() for _ in range(9)]; "
+        "raise RunError('full')"
+    )
+    done = run(body)
+    told, last = done.stderr.splitlines()
+    assert told.endswith("ignored in a callback: ZeroDivisionError: division by zero")
+    assert (done.returncode, last) == (1, "error: full")
+
+
 def test_help_teaches_and_succeeds(run) -> None:
     done = run("pass", "--help")
     assert done.returncode == 0

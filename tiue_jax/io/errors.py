@@ -109,6 +109,7 @@ def run_command(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
         SystemExit: always, with one of the codes of this module.
     """
     argv = list(sys.argv if argv is None else argv)
+    sys.unraisablehook = _tell_unraisable
     try:
         code = _run(main, argv)
     except BaseException as error:
@@ -133,6 +134,16 @@ def describe(error: BaseException) -> tuple[int, str] | None:
         case KeyboardInterrupt():
             return EXIT_INTERRUPTED, "interrupted"
     return None
+
+
+def _tell_unraisable(found: sys.UnraisableHookArgs) -> None:
+    """Say in a line what a library's callback raised, once.
+
+    tensorstore's threads come here by the hundred after a write has failed, and what Python prints
+    for each would stand in the middle of the line that says what failed.
+    """
+    text = one_line(f"{found.exc_type.__name__}: {found.exc_value}")
+    absl_logging.log_first_n(absl_logging.WARNING, "ignored in a callback: %s", 1, text)
 
 
 def _run(main: Main, argv: list[str]) -> int:

@@ -9,6 +9,7 @@ is checked.
 
 from __future__ import annotations
 
+import logging as std_logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,8 @@ class Checkpoints:
         self._damaged = workdir.resolve() / DAMAGED_FOLDER
         self._keep = keep
         self._hosts = hosts
+        for logger in (logging.get_absl_logger(), std_logging.getLogger("asyncio")):
+            logger.addFilter(_without_traceback)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -202,6 +205,13 @@ class Checkpoints:
             raise RunError(
                 f"a checkpoint cannot be written to {self._folder}: {_brief(error)}"
             ) from error
+
+
+def _without_traceback(record: std_logging.LogRecord) -> bool:
+    """Leave the message of what Orbax and its tasks log of an error: the command ends with it."""
+    if record.name == "asyncio" or "orbax" in record.pathname:
+        record.exc_info = None
+    return True
 
 
 def restore_params(workdir: str | Path, which: str = "ema") -> tuple[int, PyTree[np.ndarray]]:
