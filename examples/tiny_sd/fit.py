@@ -1,7 +1,7 @@
 """The training loop that the stages of the embedded teacher share: progress bar, EMA, resume."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +113,3 @@ def fit(
             write_atomic(path, serialization.to_bytes(state))
     print(f"{name}: iterations {start} to {iterations} in {time.monotonic() - began:.0f} s")
     return state.ema
-
-
-def chunks_of(total: int, size: int, name: str) -> Iterator[int]:
-    """Sizes of the chunks that `total` is worked off in, under a progress bar."""
-    with tqdm(total=total, desc=name, mininterval=10) as bar:
-        for start in range(0, total, size):
-            yield min(size, total - start)
-            bar.update(min(size, total - start))

@@ -2,8 +2,9 @@
 
     python -m examples.tiny_sd.train --workdir=runs/tiny-sd --out=assets/tiny-sd
 
-An interrupted run goes on where it was: run the same command again. Everything is drawn from the
-seed. The result is an ordinary Stable Diffusion folder in the diffusers layout, in fp16.
+The data set is built in the workdir first (`examples.tiny_sd.builder`, some minutes). A run that
+was interrupted goes on where it was: run the same command again. The result is an ordinary Stable
+Diffusion folder in the diffusers layout, in fp16.
 """
 
 import io
@@ -14,10 +15,8 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from examples.tiny_sd.builder import Examples, training_examples
 from examples.tiny_sd.captions import caption
-from examples.tiny_sd.fit import chunks_of
-from examples.tiny_sd.render import render
-from examples.tiny_sd.scenes import sample_scenes
 from examples.tiny_sd.tokenizer import build_tokenizer
 from examples.tiny_sd.train_teacher import LatentData, train_teacher
 from examples.tiny_sd.train_text import train_text_encoder
@@ -32,25 +31,24 @@ from tiue_jax.pretrained.parameters import ParamFile, to_device
 from tiue_jax.pretrained.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
-CHUNK = 5000  # scenes rendered at a time
-VAE_SCENES, CAPTIONS_PER_SCENE = 30_000, 2
+CAPTIONS_PER_SCENE = 2  # the data set's, and others of the same scene
 
 
 def latent_data(
-    networks: Variant, vae_params: Any, tokenizer: Tokenizer, num_scenes: int, seed: int
+    networks: Variant, vae_params: Any, tokenizer: Tokenizer, examples: Examples, seed: int
 ) -> LatentData:
-    """Render, caption and encode `num_scenes` scenes, a chunk at a time."""
+    """Encode the pictures and the captions of examples."""
     rng = np.random.default_rng(seed + 2)
-    latents, ids = [], []
-    for size in chunks_of(num_scenes, CHUNK, "encode"):
-        scenes = sample_scenes(rng, size)
-        mean, _ = encode(networks.vae, vae_params, render(scenes))
-        latents.append((mean * networks.vae.scaling_factor).astype(np.float16))
-        texts = [caption(scene, rng) for _ in range(CAPTIONS_PER_SCENE) for scene in scenes]
-        tokens = tokenizer(texts).reshape(CAPTIONS_PER_SCENE, size, -1)
-        ids.append(np.moveaxis(tokens, 0, 1).astype(np.uint16))
-    null_ids = np.asarray(tokenizer.null_ids).reshape(-1)
-    return LatentData(np.concatenate(latents), np.concatenate(ids), null_ids)
+    mean, _ = encode(networks.vae, vae_params, examples.images)
+    others = [
+        [caption(scene, rng) for scene in examples.scenes] for _ in range(CAPTIONS_PER_SCENE - 1)
+    ]
+    ids = [tokenizer(texts).astype(np.uint16) for texts in (examples.captions, *others)]
+    return LatentData(
+        (mean * networks.vae.scaling_factor).astype(np.float16),
+        np.stack(ids, axis=1),
+        np.asarray(tokenizer.null_ids).reshape(-1),
+    )
 
 
 def save_latents(path: Path, data: LatentData) -> None:
@@ -88,8 +86,8 @@ def define_flags() -> None:
         "train this stage alone (and those it needs) and write no model: once the VAE is there, "
         "decoder and UNet can be trained at the same time",
     )
-    flags.DEFINE_integer("num_scenes", 60_000, "scenes that the teacher is trained on", 1)
-    flags.DEFINE_integer("seed", 0, "seed of everything")
+    flags.DEFINE_integer("num_scenes", 60_000, "scenes of the data set to train on", 1, 60_000)
+    flags.DEFINE_integer("seed", 0, "seed of everything but the data set")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -105,24 +103,25 @@ def main(argv: Sequence[str]) -> None:
         vocab_size=text_encoder.vocab_size,
         max_length=text_encoder.max_length,
     )
+    examples = training_examples(workdir / "data", FLAGS.num_scenes)
     params: dict[str, Any] = {}
     trains_vae = FLAGS.only != "text_encoder" and not FLAGS.vae_from
-    if trains_vae or FLAGS.only in (None, "decoder"):
-        images = render(sample_scenes(np.random.default_rng(seed + 1), VAE_SCENES))
     if trains_vae:
-        vae_params = train_vae(networks.vae, images, workdir, seed)
+        vae_params = train_vae(networks.vae, examples.images, workdir, seed)
     elif FLAGS.vae_from:
         vae_params = read_part(networks, "vae", Path(FLAGS.vae_from))
     if FLAGS.only in (None, "decoder"):
-        params["vae"] = train_decoder(networks.vae, vae_params, images, workdir, seed)
+        params["vae"] = train_decoder(networks.vae, vae_params, examples.images, workdir, seed)
     if FLAGS.text_encoder_from:
         params["text_encoder"] = read_part(networks, "text_encoder", Path(FLAGS.text_encoder_from))
     elif FLAGS.only != "decoder":
-        params["text_encoder"] = train_text_encoder(text_encoder, tokenizer, workdir, seed)
+        params["text_encoder"] = train_text_encoder(
+            text_encoder, tokenizer, examples.scenes, workdir, seed
+        )
     if FLAGS.only in (None, "unet"):
         latents = workdir / "latents.npz"
         if not latents.exists():
-            data = latent_data(networks, vae_params, tokenizer, FLAGS.num_scenes, seed)
+            data = latent_data(networks, vae_params, tokenizer, examples, seed)
             save_latents(latents, data)
         params["unet"] = train_teacher(
             networks.unet,

@@ -5,6 +5,7 @@ trains it further. Here the end of a caption has to tell what its picture shows:
 the scene, the order of two objects included. What a caption leaves open stays open.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from examples.tiny_sd.captions import caption
 from examples.tiny_sd.fit import fit, muon
 from examples.tiny_sd.reader import HEADS, true_labels
-from examples.tiny_sd.scenes import sample_scenes
+from examples.tiny_sd.scenes import Scene
 from tiue_jax.models.clip import CLIPTextEncoder
 from tiue_jax.pretrained.tokenizer import Tokenizer
 
@@ -62,11 +63,15 @@ def text_loss(
 
 
 def train_text_encoder(
-    text_encoder: CLIPTextEncoder, tokenizer: Tokenizer, folder: Path, seed: int = 0
+    text_encoder: CLIPTextEncoder,
+    tokenizer: Tokenizer,
+    scenes: Sequence[Scene],
+    folder: Path,
+    seed: int = 0,
 ) -> Any:
-    """Train it from nothing; returns its parameters."""
+    """Train it from nothing, on NUM_CAPTIONS captions of these scenes; returns its parameters."""
     rng = np.random.default_rng(seed + 4)
-    scenes = sample_scenes(rng, NUM_CAPTIONS)
+    scenes = [scenes[i % len(scenes)] for i in range(NUM_CAPTIONS)]
     ids = tokenizer([caption(scene, rng) for scene in scenes]).astype(np.uint16)
     labels, masks = true_labels(scenes)
     label_array = np.stack([labels[name] for name in HEADS], axis=1).astype(np.int32)

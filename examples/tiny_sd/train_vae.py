@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from tqdm import tqdm
 
 from examples.tiny_sd.fit import fit, muon
 from examples.tiny_sd.reader import to_pixels
@@ -110,7 +111,8 @@ def encode(
     """Mean and log-variance of the vae_latents of many images, in batches."""
     apply = jax.jit(lambda pixels: vae.apply({"params": params}, pixels, method=vae.encode))
     parts = []
-    for start in range(0, len(images), batch_size):
+    starts = range(0, len(images), batch_size)
+    for start in tqdm(starts, "encode", unit="batch", mininterval=10, disable=len(starts) < 100):
         batch = images[start : start + batch_size]
         padded = np.concatenate(
             [batch, np.zeros((batch_size - len(batch), *batch.shape[1:]), np.uint8)]

@@ -10,9 +10,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the packages that tfds imports
     import tensorflow_datasets as tfds
 
-    from examples.tiny_sd.builder import SPLITS, TinyScenes
+    from examples.tiny_sd.builder import SPLITS, TinyScenes, training_examples
 
-from examples.tiny_sd.scenes import COLOURS, HELD_OUT_PAIRS, SHAPES
+from examples.tiny_sd.scenes import COLOURS, HELD_OUT_PAIRS, SHAPES, sample_scenes
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,26 @@ def test_first_examples_do_not_depend_on_the_number(tmp_path):
         assert key == other
         assert a["image"].getvalue() == b["image"].getvalue()
         assert a["objects"] == b["objects"]
+
+
+def test_training_reads_the_data_set(data_dir):
+    """Scenes are read back as drawn: captions of theirs can be drawn again."""
+    source = _source(data_dir, "train")
+    found = training_examples(data_dir, 100)
+    drawn = sample_scenes(np.random.default_rng([SPLITS["train"][1], 0]), 1000)[: len(source)]
+
+    def told(scene):
+        objects = tuple(
+            (o.shape, o.colour, o.size, round(o.x, 3), round(o.y, 3), round(o.radius, 3))
+            for o in scene.objects
+        )
+        return objects, scene.layout, scene.background
+
+    assert len({told(scene) for scene in found.scenes}) == 100
+    assert {told(scene) for scene in found.scenes} <= {told(scene) for scene in drawn}
+    for i in (0, 99):
+        np.testing.assert_array_equal(found.images[i], source[i]["image"])
+        assert found.captions[i] == source[i]["caption"].decode()
 
 
 def test_held_out_pairs_are_in_their_split_only(data_dir):

@@ -10,9 +10,10 @@ from flax import serialization
 from examples.tiny_sd import fit as fit_module
 from examples.tiny_sd import train_text as train_text_module
 from examples.tiny_sd import train_vae as train_vae_module
-from examples.tiny_sd.captions import caption
+from examples.tiny_sd.builder import Examples
+from examples.tiny_sd.captions import caption, describe
 from examples.tiny_sd.demo import draw_comparison
-from examples.tiny_sd.fit import chunks_of, fit, muon
+from examples.tiny_sd.fit import fit, muon
 from examples.tiny_sd.reader import HEADS, to_pixels, true_labels
 from examples.tiny_sd.render import render
 from examples.tiny_sd.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, sample_scenes
@@ -229,7 +230,8 @@ def test_a_text_encoder_learns_what_captions_say(tmp_path, monkeypatch):
     tokenizer = Tokenizer(
         tmp_path / "tokenizer", vocab_size=model.vocab_size, max_length=model.max_length
     )
-    params = train_text_encoder(model, tokenizer, tmp_path)
+    seen = sample_scenes(np.random.default_rng(4), 1000)
+    params = train_text_encoder(model, tokenizer, seen, tmp_path)
     state = serialization.msgpack_restore((tmp_path / "text_encoder.msgpack").read_bytes())
     scenes = sample_scenes(np.random.default_rng(5), 64)
     captions = [caption(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
@@ -286,25 +288,27 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(tmp_path, monkeypatch):
     np.testing.assert_array_equal(run(tmp_path / "cut", 30), whole)
 
 
-def test_chunks_add_up():
-    assert list(chunks_of(12, 5, "x")) == [5, 5, 2]
-
-
-def test_latent_data_has_captions_of_its_own_pictures(vae_params):
-    class Counting:
-        """Token ids that say in which call and row a caption stood."""
+def test_latent_data_has_captions_of_its_own_pictures(images, vae_params):
+    class Attributes:
+        """Token ids that tell the colour or the shape that a caption of one word or more names."""
 
         null_ids = np.zeros(7, np.int32)
 
         def __call__(self, texts):
-            assert all(isinstance(t, str) and t for t in texts)
-            return np.arange(len(texts), dtype=np.int32)[:, None].repeat(7, 1)
+            words = [set(text.split()) for text in texts]
+            found = [[name in w for name in (*COLOURS, *SHAPES)] for w in words]
+            return np.asarray(found, np.int32)
 
+    scenes = sample_scenes(np.random.default_rng(6), 40)
+    texts = [describe(s, np.random.default_rng(0), complete=True).text for s in scenes]
+    examples = Examples(np.resize(images, (40, 64, 64, 3)), texts, scenes)
     networks = Variant(unet=None, vae=VAE, text_encoder=None, latent_size=8)
-    data = latent_data(networks, vae_params, Counting(), 3, 0)
-    assert data.latents.shape == (3, 8, 8, 2)
-    # captions 0..2 are the scenes' first, 3..5 their second
-    assert data.input_ids[:, :, 0].tolist() == [[0, 3], [1, 4], [2, 5]]
+    data = latent_data(networks, vae_params, Attributes(), examples, 0)
+    assert data.latents.shape == (40, 8, 8, 2)
+    np.testing.assert_array_equal(data.input_ids[:, 0], Attributes()(texts))
+    # What the other caption names is in the scene, and most of it is named.
+    assert np.all(data.input_ids[:, 1] <= data.input_ids[:, 0])
+    assert data.input_ids[:, 1].sum() > 0.8 * data.input_ids[:, 0].sum()
 
 
 def test_encoded_data_can_be_kept(tmp_path):

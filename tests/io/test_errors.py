@@ -116,7 +116,7 @@ def test_our_own_mistakes_keep_their_traceback(run) -> None:
 
 
 def test_what_callbacks_raise_is_told_once_in_a_line(run) -> None:
-    """As tensorstore's threads do after a write has failed: `__del__` can raise to nobody either."""
+    """As tensorstore's threads do after a failed write: `__del__` can raise to nobody either."""
     body = (
         "Lost = type('Lost', (), {'__del__': lambda self: 1 / 0}); [Lost() for _ in range(9)]; "
         "raise RunError('full')"
