@@ -15,8 +15,8 @@ NUM_PROMPTS = 60
 
 
 @cache
-def accuracy(folder, *, teacher: bool) -> dict[str, float]:
-    _, requests = evaluation_set(NUM_PROMPTS, 0)
+def accuracy(folder, *, teacher: bool, number: int = NUM_PROMPTS) -> dict[str, float]:
+    _, requests = evaluation_set(number, 0)
     guidance = 3.0 if teacher else None
     metrics, _ = measure(model_sampler(folder, teacher=teacher, guidance_scale=guidance), requests)
     return metrics
@@ -39,6 +39,14 @@ def test_the_student_is_more_often_right_in_one_pass_than_before():
     assert after["seen/all"] > before["seen/all"] + 0.15
     # measured with 200 prompts: 85.5 % of 88 %, from 39 %; see above for how near 60 come
     assert after["seen/all"] > 0.85 * accuracy(TEACHER, teacher=True)["seen/all"]
+
+
+@pytest.mark.slow
+def test_teacher_and_student_keep_what_is_promised():
+    """On the 1,000 prompts of README (the few above allow for chance): 88.1 % and 84.8 % there."""
+    teacher = accuracy(TEACHER, teacher=True, number=1000)["seen/all"]
+    assert teacher >= 0.85
+    assert accuracy(STUDENT, teacher=False, number=1000)["seen/all"] >= 0.9 * teacher
 
 
 def test_the_student_was_distilled_with_the_config_that_is_here():
