@@ -194,7 +194,7 @@ def test_tfds_reads_the_project_s_own_data_set(tmp_path: Path, monkeypatch: pyte
     subprocess.run([*command, "--scale=0.0005"], check=True, capture_output=True)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     rng = np.random.default_rng([920_001, 0])  # the builder's first chunk
-    captions = [describe(s, rng).text for s in sample_scenes(rng, 1000, pairs="seen")[:10]]
+    captions = [describe(s, rng).text for s in sample_scenes(rng, 1000, pairs="seen")[:30]]
     assert sorted(load_prompts("tfds:tiny_scenes").texts) == sorted(captions)
     assert len(load_prompts("tfds:tiny_scenes:unseen")) == 1
     assert "no such text field" in str(refused("tfds:tiny_scenes:train:image"))

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from tests.training.small_step import settled
 from tests.training.tiny_run import make_config
-from tests.training.toy_step import ToyStep
+from tests.training.toy_step import ToyStep, without_adam
 from tiue_jax.data.pipeline import CutReport
 from tiue_jax.training import setup, summaries
 
@@ -32,13 +32,8 @@ def configure(folder: Path) -> ConfigDict:
 
 def use_toy_step() -> None:
     """Put in a step that compiles in no time, without Adam's moments."""
-    start = setup.init_state
-
-    def start_without_adam(*args: Any, **named: Any) -> Any:
-        return start(*args, **named).replace(student_opt=(), lora_opt=())
-
     setup.make_step = ToyStep()
-    setup.init_state = start_without_adam
+    setup.init_state = without_adam(setup.init_state)
 
 
 def settle() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.training import reshard
-from tests.training.tiny_run import ROOT
+from tests.training.tiny_run import ROOT, slurm_environment
 from tiue_jax.data.pipeline import position
 from tiue_jax.io.errors import InputError
 from tiue_jax.training import tpu_compile
@@ -124,10 +124,7 @@ def test_an_environment_without_a_cluster_is_refused():
 
 def test_a_cluster_may_have_one_host():
     """--multihost on a slice of one host, or a batch job of one task."""
-    slurm = {
-        "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "1",
-        "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "JAX_COORDINATOR_PORT": str(free_port()),
-    }  # fmt: skip
+    slurm = slurm_environment(0, 1, free_port())
     assert join_apart(slurm, multihost=True) == [(0, "0 1 [7]")]
 
 

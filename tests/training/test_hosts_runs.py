@@ -23,7 +23,13 @@ from PIL import Image
 
 from tests import xla
 from tests.training import host_hooks
-from tests.training.tiny_run import PROMPTS, ROOT, make_prompts, make_teacher
+from tests.training.tiny_run import (
+    PROMPTS,
+    ROOT,
+    make_prompts,
+    make_teacher,
+    slurm_environment,
+)
 from tiue_jax.pretrained.folder import load_stable_diffusion
 from tiue_jax.training import setup
 from tiue_jax.training.checkpoint import restore_params
@@ -108,11 +114,7 @@ class Launcher:
 
 
 def environment(i: int, count: int, port: int) -> dict[str, str]:
-    slurm = {
-        "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(count),
-        "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "JAX_COORDINATOR_PORT": str(port),
-    }  # fmt: skip
-    return os.environ | slurm | {
+    return os.environ | slurm_environment(i, count, port) | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{xla.FLAGS} --xla_force_host_platform_device_count={8 // count}",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),

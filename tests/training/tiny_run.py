@@ -98,3 +98,11 @@ def make_config(teacher: Path, prompts: Path) -> ConfigDict:
     config.checkpoint.every = 5
     config.checkpoint.keep = 2
     return config
+
+
+def slurm_environment(index: int, count: int, port: int) -> dict[str, str]:
+    """What SLURM tells task `index` of `count`, all of them on this machine."""
+    return {
+        "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(count),
+        "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "JAX_COORDINATOR_PORT": str(port),
+    }  # fmt: skip

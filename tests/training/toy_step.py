@@ -1,5 +1,6 @@
 """A step that compiles in no time, for tests of what is around it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,14 +47,19 @@ class ToyStep:
         return step
 
 
-def put_in_toy(monkeypatch: pytest.MonkeyPatch) -> ToyStep:
-    step, start = ToyStep(), setup.init_state
+def without_adam(start: Callable[..., Any]) -> Callable[..., Any]:
+    """`init_state` without the moments that a ToyStep does not move."""
 
-    def start_without_adam(*args: Any, **named: Any) -> Any:
+    def started(*args: Any, **named: Any) -> Any:
         return start(*args, **named).replace(student_opt=(), lora_opt=())
 
+    return started
+
+
+def put_in_toy(monkeypatch: pytest.MonkeyPatch) -> ToyStep:
+    step = ToyStep()
     monkeypatch.setattr(setup, "make_step", step)
-    monkeypatch.setattr(setup, "init_state", start_without_adam)
+    monkeypatch.setattr(setup, "init_state", without_adam(setup.init_state))
     use_devices(monkeypatch, 1)
     return step
 
