@@ -32,7 +32,7 @@ demo: $(VENV)/.run-requirements
 	$(JAX_ENV) $(RUN) -m examples.tiny_sd.demo $(ARGS)
 
 test: $(VENV)/.dev-requirements $(VENV)/.tpu-compiler
-	$(PYTEST) -m "not slow" -n $(WORKERS) --dist loadfile
+	$(PYTEST) -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev-requirements
 	$(VENV)/bin/ruff format --check

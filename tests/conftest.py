@@ -30,6 +30,8 @@ import jax
 import jaxtyping
 import pytest
 
+from tests import xla
+
 
 def _unchecked(decorate: Callable[..., Any]) -> Callable[..., Any]:
     """Exempt the classes that `decorate` makes from the check of their fields' shapes.
@@ -61,6 +63,42 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 _NEVER_SKIPPED = (ROOT / "tests" / "parity", ROOT / "tests" / "reference")
+
+
+# Their networks run for longer than they take to compile, or are so large that XLA spends most of
+# its time in ordering what it has compiled, which is more where nothing is fused.
+_LARGE = ("examples/test_assets.py", "full_size/", "parity/test_pipeline.py", "reference/")
+
+# Begun first, so that no process is left with one of them when the others are done.
+_LONG = (
+    "reference/test_recorded.py",
+    "reference/test_replay.py",
+    "training/test_hosts_runs.py",
+    "training/test_sharding.py",
+    "notebooks/",
+    "parity/test_pipeline.py",
+    "training/test_tpu_compile.py",
+)
+
+
+def _of(path: Path, places: tuple[str, ...]) -> int:
+    """Return which of these files or folders of tests/ a file is (in); their number if none."""
+    file = path.relative_to(ROOT / "tests").as_posix()
+    return next((i for i, place in enumerate(places) if file.startswith(place)), len(places))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take long first; the Makefile has xdist keep the order."""
+    items.sort(key=lambda item: _of(item.path, _LONG))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiles_fast(request: pytest.FixtureRequest):
+    """Everything but large networks is compiled in little time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if _of(request.path, _LARGE) == len(_LARGE):
+            xla.compile_fast(patch)
+        yield
 
 
 def in_ci() -> bool:

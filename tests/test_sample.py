@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import xla
 from tests.conftest import ROOT
 from tests.pretrained.folders import MODEL
 
 
 def start(*flags: str, cwd=None, devices: int = 1) -> subprocess.Popen[str]:
     env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{xla.FLAGS} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
     }

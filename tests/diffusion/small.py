@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tests.xla import FAST
 from tiue_jax.models.unet import UNet
 
 SIZE, TOKENS, WIDTH = 8, 5, 16  # latents 8x8, context 5 x 16
@@ -40,7 +39,7 @@ def small_params(seed: int = 0) -> dict:
         )
         return jax.tree.unflatten(tree, noisy)
 
-    return jax.jit(init, compiler_options=FAST)(jax.random.key(seed))
+    return jax.jit(init)(jax.random.key(seed))
 
 
 def inputs(batch: int, seed: int = 1) -> tuple[jax.Array, jax.Array]:

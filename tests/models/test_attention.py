@@ -16,7 +16,6 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
 from tests.diffusion.small import TOKENS, WIDTH, small_unet
-from tests.xla import FAST
 from tiue_jax.diffusion.student import student_forward
 from tiue_jax.models.attention import (
     batch_axes,
@@ -193,7 +192,7 @@ def test_a_student_in_the_context_of_a_mesh_gathers_nothing() -> None:
             return student_forward(unet, params, noise, context, timesteps, 501, 1.5, E)
 
     split, everywhere = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-    run = jax.jit(student, in_shardings=(everywhere, split, split), compiler_options=FAST)
+    run = jax.jit(student, in_shardings=(everywhere, split, split))
     traced = run.trace(params, noise, context)
     assert "pallas_call" in str(traced.jaxpr), "the kernel was a choice"
     text = traced.lower().compile().as_text()

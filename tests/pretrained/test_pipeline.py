@@ -1,14 +1,12 @@
 """Prompts to images: what an image may and may not depend on."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
 from tests.pretrained.folders import MODEL
-from tests.xla import FAST
 from tiue_jax.diffusion.ddim import closed_form
 from tiue_jax.diffusion.images import decode_images
 from tiue_jax.diffusion.student import student_forward, student_timesteps
@@ -42,7 +40,7 @@ def test_an_image_is_the_student_s_pass_from_its_seed(pipeline, images):
     noise = seed_noise(np.array([6], np.uint32), (16, 16, 4))
     context = pipeline.encode(model.tokenizer([PROMPTS[1]]))
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def make(params, noise, context):
         x0, _ = student_forward(model.unet, params["unet"], noise, context, timesteps, 751, S, E)
         return decode_images(model.vae, params["vae"], x0)

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tests.xla import FAST
 from tiue_jax.diffusion.schedule import make_schedule
 from tiue_jax.diffusion.text_image import TextImage
 from tiue_jax.models.clip import CLIPTextEncoder
@@ -57,7 +56,7 @@ def frozen() -> Frozen:
     k_unet, k_text = jax.random.split(jax.random.key(0))
     x, t = jnp.zeros((1, SIZE, SIZE, 4)), jnp.zeros((1,), jnp.int32)
     ids = jnp.zeros((1, TOKENS), jnp.int32)
-    init = jax.jit(unet().init, compiler_options=FAST)
+    init = jax.jit(unet().init)
     return Frozen(
         teacher=init(k_unet, x, t, jnp.zeros((1, TOKENS, WIDTH)))["params"],
         text_encoder=jax.jit(text_encoder().init)(k_text, ids)["params"],
@@ -107,4 +106,4 @@ def step(
 @cache
 def jitted():
     """The step with gradients, compiled for one device and without donation."""
-    return jax.jit(step(with_gradients=True), compiler_options=FAST)
+    return jax.jit(step(with_gradients=True))

@@ -10,7 +10,6 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.training.small_step import OPTIONS, frozen, ids, settled, start, step
-from tests.xla import FAST
 from tiue_jax.training.hlo import collectives, totals
 from tiue_jax.training.sharding import (
     batch_sharding,
@@ -59,7 +58,7 @@ def run(data: int, fsdp: int, accumulate: int, *, iterations: int = ITERATIONS, 
     jitted = jit_step(step(options, **unet), mesh, state, frozen(), shard_teacher=split)
     state, fixed = shard(state, mesh), shard(frozen(), mesh, split=split)
     inputs = jax.device_put(ids(BATCH), batch_sharding(mesh))
-    compiled = jitted.lower(state, fixed, inputs, KEY).compile(FAST)
+    compiled = jitted.lower(state, fixed, inputs, KEY).compile()
     given, metrics = state.student["conv_in"]["kernel"], []
     for _ in range(iterations):
         state, told = compiled(state, fixed, inputs, KEY)

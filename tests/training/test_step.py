@@ -14,7 +14,6 @@ import pytest
 
 from tests.training import small_step
 from tests.training.small_step import OPTIONS, frozen, ids, jitted, settled, start, step
-from tests.xla import FAST
 from tiue_jax.diffusion.ddim import closed_form
 from tiue_jax.diffusion.losses import kl_loss
 from tiue_jax.diffusion.schedule import make_schedule
@@ -98,7 +97,7 @@ def test_lora_teacher_with_its_own_guidance() -> None:
     draws = sample_draws(KEY, 0, 2, SHAPE)
     timesteps = schedule.timesteps(2)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def expected():
         contexts = encode_prompts(small_step.text_encoder(), frozen(), ids(2))
         x0, _ = student_forward(
@@ -113,7 +112,7 @@ def test_lora_teacher_with_its_own_guidance() -> None:
         _, sigma = schedule.coefficients(draws.vsd_t, 4)
         return jnp.sqrt(jnp.mean(jnp.square(sigma**2 * 2.0 * (text - null))))
 
-    _, metrics = jax.jit(small_step.step(own), compiler_options=FAST)(state, frozen(), ids(2), KEY)
+    _, metrics = jax.jit(small_step.step(own))(state, frozen(), ids(2), KEY)
     assert float(metrics["vsd/gradient_rms"]) == pytest.approx(float(expected()), rel=1e-4)
 
 
@@ -130,7 +129,7 @@ def test_a_teacher_that_predicts_v_is_heard_as_noise() -> None:
         alpha, sigma = (np.sqrt(a).reshape(-1, 1, 1, 1) for a in (abar[t], 1 - abar[t]))
         return alpha * x - sigma * v, alpha * v + sigma * x
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def outputs(params, x, t, context):
         return unet.apply({"params": params}, x, t, context)
 
@@ -141,10 +140,10 @@ def test_a_teacher_that_predicts_v_is_heard_as_noise() -> None:
     def eps(params, x, t, context):
         return split(np.asarray(outputs(params, x, t, context)), x, t)[1]
 
-    features = jax.jit(partial(unet.apply, method="encode"), compiler_options=FAST)(
+    features = jax.jit(partial(unet.apply, method="encode"))(
         {"params": state.student}, draws.noise, jnp.full(2, 501), context
     )
-    decode = jax.jit(partial(unet.apply, method="decode"), compiler_options=FAST)
+    decode = jax.jit(partial(unet.apply, method="decode"))
     x, maps = np.asarray(draws.noise, np.float64), []
     for t, abar_to in ((501, abar[1]), (1, final)):
         v = decode({"params": state.student}, features, jnp.full(2, t), context)
@@ -162,7 +161,7 @@ def test_a_teacher_that_predicts_v_is_heard_as_noise() -> None:
     assert uniform > OPTIONS.null_prompt_prob
     t = np.asarray(draws.lora_t)
     error = eps(merged, noised(x0, np.asarray(draws.lora_noise), t), t, context) - draws.lora_noise
-    step = jax.jit(small_step.step(prediction_type="v_prediction"), compiler_options=FAST)
+    step = jax.jit(small_step.step(prediction_type="v_prediction"))
     _, metrics = step(state, frozen(), ids(2), KEY)
     for name, expected in (
         ("loss/vsd", 0.5 * np.mean(direction**2)),
@@ -178,7 +177,7 @@ def test_student_clips_steps_and_averages() -> None:
     norm = float(optax.tree.norm(gradients["student"]))
     assert norm == pytest.approx(float(metrics["grad_norm/student"]), rel=1e-6)
     student_optimizer, _ = OPTIONS.optimizers()
-    update = jax.jit(student_optimizer.update, compiler_options=FAST)
+    update = jax.jit(student_optimizer.update)
     updates, _ = update(gradients["student"], state.student_opt, state.student)
     # Adam's first step is lr times the sign of almost every entry.
     assert largest(updates) == pytest.approx(OPTIONS.student_lr, rel=1e-3)
@@ -203,7 +202,7 @@ def test_below_the_threshold_the_lora_loss_takes_the_null_prompt_for_the_whole_b
     timesteps = schedule.timesteps(2)
     S, E = closed_form(schedule, timesteps)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def expected(draws, lora_context, student):
         x0, _ = student_forward(
             unet, student, draws.noise, context, timesteps, int(timesteps[0]), S, E
@@ -230,7 +229,7 @@ def test_below_the_threshold_the_lora_loss_takes_the_null_prompt_for_the_whole_b
 def test_warmup_teaches_the_lora_alone() -> None:
     options = replace(OPTIONS, lora_warmup=2)
     warm_up, whole = (
-        jax.jit(step(options, with_gradients=True, lora_only=lora_only), compiler_options=FAST)
+        jax.jit(step(options, with_gradients=True, lora_only=lora_only))
         for lora_only in (True, False)
     )
     state = first = start(options)
@@ -253,7 +252,7 @@ def test_warmup_teaches_the_lora_alone() -> None:
 @pytest.mark.slow
 def test_rematerialisation_changes_no_number() -> None:
     state = settled(start())
-    run = jax.jit(step(with_gradients=True, remat="blocks"), compiler_options=FAST)
+    run = jax.jit(step(with_gradients=True, remat="blocks"))
     _, metrics, gradients = run(state, frozen(), ids(2), KEY)
     _, same_metrics, same = jitted()(state, frozen(), ids(2), KEY)
     assert distance(metrics, same_metrics) < 1e-4  # of norms up to 10
@@ -263,7 +262,7 @@ def test_rematerialisation_changes_no_number() -> None:
 def test_bfloat16_with_rematerialisation_computes_in_half_and_learns_in_full() -> None:
     state = settled(start())
     in_half = step(with_gradients=True, dtype=jnp.bfloat16, remat="blocks")
-    run = jax.jit(in_half, compiler_options=FAST)
+    run = jax.jit(in_half)
     new, metrics, gradients = run(state, frozen(), ids(2), KEY)
     _, full, _ = jitted()(state, frozen(), ids(2), KEY)
     arrays = (new.student, new.ema, new.lora, gradients, metrics)
@@ -276,7 +275,7 @@ def test_bfloat16_with_rematerialisation_computes_in_half_and_learns_in_full() -
 def test_learning_rates_may_be_schedules() -> None:
     """Evaluated at the optimizer's own count: 0 in the first update, then not."""
     options = replace(OPTIONS, student_lr=optax.linear_schedule(0.0, 1e-2, 1), lora_lr=1e-2)
-    run = jax.jit(step(options), compiler_options=FAST)
+    run = jax.jit(step(options))
     first, _ = run(settled(start(options)), frozen(), ids(2), KEY)
     second, _ = run(first, frozen(), ids(2), KEY)
     assert distance(first.student, start(options).student) == 0
