@@ -191,7 +191,8 @@ def test_a_skipped_parity_test_fails_in_ci_and_only_there(
 ) -> None:
     """Run a copy of the conftest over two files that skip, as a laptop and as CI."""
     (tmp_path / "tests" / "parity").mkdir(parents=True)
-    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests" / "conftest.py")
+    for name in ("conftest.py", "xla.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests" / name)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     skips = "import pytest\ndef test_one():\n    pytest.skip('no torch')\n"
     whole = "import pytest\nno = pytest.importorskip('no_such_package')\ndef test_two(): pass\n"
