@@ -62,8 +62,7 @@ jax.config.update("jax_debug_key_reuse", True)
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
-_NEVER_SKIPPED = (ROOT / "tests" / "parity", ROOT / "tests" / "reference")
-
+_NEVER_SKIPPED = ("parity", "reference")
 
 # Their networks run for longer than they take to compile, or are so large that XLA spends most of
 # its time in ordering what it has compiled, which is more where nothing is fused.
@@ -81,22 +80,21 @@ _LONG = (
 )
 
 
-def _of(path: Path, places: tuple[str, ...]) -> int:
-    """Return which of these files or folders of tests/ a file is (in); their number if none."""
-    file = path.relative_to(ROOT / "tests").as_posix()
-    return next((i for i, place in enumerate(places) if file.startswith(place)), len(places))
+def _is_in(path: Path, places: tuple[str, ...]) -> bool:
+    """Return whether a file is one of these files of tests/, or in one of these folders."""
+    return any(path.is_relative_to(ROOT / "tests" / place) for place in places)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files that take long first; the Makefile has xdist keep the order."""
-    items.sort(key=lambda item: _of(item.path, _LONG))
+    items.sort(key=lambda item: [not _is_in(item.path, (place,)) for place in _LONG])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiles_fast(request: pytest.FixtureRequest):
     """Everything but large networks is compiled in little time."""
     with pytest.MonkeyPatch.context() as patch:
-        if _of(request.path, _LARGE) == len(_LARGE):
+        if not _is_in(request.path, _LARGE):
             xla.compile_fast(patch)
         yield
 
@@ -111,7 +109,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     """In CI a skipped parity or reference test is a failure: it would prove nothing."""
     outcome = yield
     report = outcome.get_result()
-    if report.skipped and in_ci() and _may_not_skip(item.path) and not hasattr(report, "wasxfail"):
+    if (
+        report.skipped
+        and in_ci()
+        and _is_in(item.path, _NEVER_SKIPPED)
+        and not hasattr(report, "wasxfail")
+    ):
         report.outcome = "failed"
         report.longrepr = f"skipped in CI, where it may not be: {item.nodeid}: {report.longrepr}"
 
@@ -121,10 +124,6 @@ def pytest_make_collect_report(collector: pytest.Collector):
     """The same for a whole file that is skipped while it is collected (`importorskip`)."""
     outcome = yield
     report = outcome.get_result()
-    if report.skipped and in_ci() and _may_not_skip(collector.path):
+    if report.skipped and in_ci() and _is_in(collector.path, _NEVER_SKIPPED):
         report.outcome = "failed"
         report.longrepr = f"skipped in CI, where it may not be: {report.longrepr}"
-
-
-def _may_not_skip(path: Path) -> bool:
-    return any(path.is_relative_to(folder) for folder in _NEVER_SKIPPED)

@@ -1,6 +1,6 @@
 """tiny_scenes as a TensorFlow Datasets builder: captioned scenes, 64x64.
 
-    python -m examples.tiny_sd.builder --data_dir=DIR                          # 8 minutes
+    python -m examples.tiny_sd.builder --data_dir=DIR                          # some minutes
     tfds.builder("tiny_scenes", data_dir=DIR).as_data_source("train")[0]       # Python, to read
 
 Neither needs TensorFlow: pictures are handed to tfds as PNG files, and the files are array_record.

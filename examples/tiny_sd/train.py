@@ -9,6 +9,7 @@ Diffusion folder in the diffusers layout, in fp16.
 
 import io
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,25 +104,25 @@ def main(argv: Sequence[str]) -> None:
         vocab_size=text_encoder.vocab_size,
         max_length=text_encoder.max_length,
     )
-    examples = training_examples(workdir / "data", FLAGS.num_scenes)
+    examples = cache(lambda: training_examples(workdir / "data", FLAGS.num_scenes))
     params: dict[str, Any] = {}
     trains_vae = FLAGS.only != "text_encoder" and not FLAGS.vae_from
     if trains_vae:
-        vae_params = train_vae(networks.vae, examples.images, workdir, seed)
+        vae_params = train_vae(networks.vae, examples().images, workdir, seed)
     elif FLAGS.vae_from:
         vae_params = read_part(networks, "vae", Path(FLAGS.vae_from))
     if FLAGS.only in (None, "decoder"):
-        params["vae"] = train_decoder(networks.vae, vae_params, examples.images, workdir, seed)
+        params["vae"] = train_decoder(networks.vae, vae_params, examples().images, workdir, seed)
     if FLAGS.text_encoder_from:
         params["text_encoder"] = read_part(networks, "text_encoder", Path(FLAGS.text_encoder_from))
     elif FLAGS.only != "decoder":
         params["text_encoder"] = train_text_encoder(
-            text_encoder, tokenizer, examples.scenes, workdir, seed
+            text_encoder, tokenizer, examples().scenes, workdir, seed
         )
     if FLAGS.only in (None, "unet"):
         latents = workdir / "latents.npz"
         if not latents.exists():
-            data = latent_data(networks, vae_params, tokenizer, examples, seed)
+            data = latent_data(networks, vae_params, tokenizer, examples(), seed)
             save_latents(latents, data)
         params["unet"] = train_teacher(
             networks.unet,
