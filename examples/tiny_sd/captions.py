@@ -9,15 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from examples.tiny_sd.render import render
 from examples.tiny_sd.scenes import (
     BACKGROUNDS,
     COLOURS,
     HELD_OUT_PAIRS,
     SHAPES,
-    Pairs,
     Scene,
-    sample_scenes,
 )
 
 MENTION = {  # how often a caption mentions an attribute
@@ -167,15 +164,6 @@ def describe(scene: Scene, rng: np.random.Generator, *, complete: bool = False) 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Return a caption of a scene (`describe` without what it mentions)."""
     return describe(scene, rng).text
-
-
-def make_dataset(
-    n: int, seed: int, *, pairs: Pairs = "seen"
-) -> tuple[np.ndarray, list[str], list[Scene]]:
-    """Draw a data set: images uint8 [n, 64, 64, 3], a caption each, and the scenes."""
-    rng = np.random.default_rng(seed)
-    scenes = sample_scenes(rng, n, pairs=pairs)
-    return render(scenes), [caption(scene, rng) for scene in scenes], scenes
 
 
 def all_words() -> list[str]:

@@ -16,6 +16,7 @@ from optax import contrib
 from tqdm import tqdm
 
 from tiue_jax.io.files import write_atomic
+from tiue_jax.training.state import ema_decay, update_ema
 
 LOG_EVERY = 50  # iterations
 
@@ -68,7 +69,7 @@ def fit(
     folder: Path,
     seed: int,
     optimizer: OptimizerFactory = adam,
-    ema_decay: float = 0.999,
+    ema_max_decay: float = 0.999,
     save_every: int = 500,
 ) -> Any:
     """Minimise `loss` with warm-up and cosine decay; returns the EMA parameters.
@@ -96,8 +97,7 @@ def fit(
         grads, metrics = jax.grad(loss, has_aux=True)(state.params, batch, step_key)
         updates, opt_state = chain.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+        ema = update_ema(state.ema, params, ema_decay(state.step + 1, ema_max_decay))
         return FitState(params, ema, opt_state, state.step + 1), metrics
 
     start, began = int(state.step), time.monotonic()

@@ -1,6 +1,6 @@
 """Train the embedded teacher from nothing: tokenizer, VAE, text encoder, UNet, in this order.
 
-    python -m examples.tiny_sd.train --workdir=runs/tiny-sd --out=assets/tiny-sd
+    python -m examples.tiny_sd.train --workdir=runs/tiny-sd --out=runs/tiny-sd-model
 
 The data set is built in the workdir first (`examples.tiny_sd.builder`, some minutes). A run that
 was interrupted goes on where it was: run the same command again. The result is an ordinary Stable
@@ -8,6 +8,7 @@ Diffusion folder in the diffusers layout, in fp16.
 """
 
 import io
+import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -23,8 +24,8 @@ from examples.tiny_sd.train_teacher import LatentData, train_teacher
 from examples.tiny_sd.train_text import train_text_encoder
 from examples.tiny_sd.train_vae import encode, train_decoder, train_vae
 from tiue_jax.diffusion.schedule import make_schedule
-from tiue_jax.io.errors import run_command
-from tiue_jax.io.files import write_atomic
+from tiue_jax.io.errors import InputError, run_command
+from tiue_jax.io.files import require_free, write_atomic
 from tiue_jax.models.variants import Variant, variant
 from tiue_jax.pretrained.folder import StableDiffusion, save_stable_diffusion
 from tiue_jax.pretrained.names import DIFFUSERS
@@ -71,10 +72,30 @@ def read_part(networks: Variant, part: str, folder: Path) -> Any:
     return ParamFile.open(module, part, folder / part, DIFFUSERS).read(np.float32, to_device)
 
 
+def keep_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Note what a workdir's states are made with, or hold the settings against what is noted.
+
+    Raises:
+        InputError: the states were made with others.
+    """
+    if path.exists():
+        noted = parse_object(path.read_bytes(), path)
+        for key, value in settings.items():
+            if noted.get(key) != value:
+                raise InputError(
+                    "its states were made with another setting; take a new --workdir",
+                    file=path, key=f"--{key}", expected=repr(noted.get(key)), found=repr(value),
+                )  # fmt: skip
+    else:
+        write_atomic(path, json.dumps(settings, indent=1) + "\n")
+
+
 def define_flags() -> None:
     """Define this command's flags."""
     flags.DEFINE_string("workdir", "runs/tiny-sd", "folder of the states of unfinished stages")
-    flags.DEFINE_string("out", "assets/tiny-sd", "folder to write the model to: new or empty")
+    flags.DEFINE_string(
+        "out", None, "folder to write the model to: new or empty; needed unless --only"
+    )
     flags.DEFINE_string("vae_from", None, "model folder whose VAE to take, instead of training one")
     flags.DEFINE_string(
         "text_encoder_from", None, "model folder whose text encoder to take: that of --unet_from"
@@ -88,14 +109,19 @@ def define_flags() -> None:
         "decoder and UNet can be trained at the same time",
     )
     flags.DEFINE_integer("num_scenes", 60_000, "scenes of the data set to train on", 1, 60_000)
-    flags.DEFINE_integer("seed", 0, "seed of everything but the data set")
+    flags.DEFINE_integer("seed", 0, "seed of everything but the data set", lower_bound=0)
 
 
 def main(argv: Sequence[str]) -> None:
     """Run all stages and write the folder."""
     del argv
     workdir, seed = Path(FLAGS.workdir), FLAGS.seed
-    workdir.mkdir(parents=True, exist_ok=True)
+    if FLAGS.only is None:
+        if not FLAGS.out:
+            raise InputError("is missing", key="--out", expected="a folder to write the model to")
+        require_free(FLAGS.out)
+    settings = ("seed", "num_scenes", "vae_from", "text_encoder_from", "unet_from")
+    keep_settings(workdir / "settings.json", {name: FLAGS[name].value for name in settings})
     networks, schedule = variant("tiny"), make_schedule()
     build_tokenizer(workdir / "tokenizer")
     text_encoder = networks.text_encoder

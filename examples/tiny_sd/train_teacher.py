@@ -103,5 +103,5 @@ def train_teacher(
         optimizer=muon,
         folder=folder,
         seed=seed,
-        ema_decay=0.9995,
+        ema_max_decay=0.9995,
     )

@@ -101,6 +101,6 @@ def train_text_encoder(
         optimizer=muon,
         folder=folder,
         seed=seed,
-        ema_decay=0.995,
+        ema_max_decay=0.995,
     )
     return trained["text_encoder"]

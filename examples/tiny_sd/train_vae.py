@@ -52,7 +52,7 @@ def train_vae(
         learning_rate=LEARNING_RATE,
         folder=folder,
         seed=seed,
-        ema_decay=0.995,
+        ema_max_decay=0.995,
     )
     return whiten(vae, params, images[:4096])
 
@@ -100,7 +100,7 @@ def train_decoder(
         optimizer=muon,
         folder=folder,
         seed=seed,
-        ema_decay=0.995,
+        ema_max_decay=0.995,
     )
     return fixed | trained
 

@@ -10,7 +10,6 @@ from examples.tiny_sd.captions import (
     all_words,
     caption,
     describe,
-    make_dataset,
 )
 from examples.tiny_sd.prompts import training_prompts
 from examples.tiny_sd.scenes import BACKGROUNDS, COLOURS, HELD_OUT_PAIRS, SHAPES, sample_scenes
@@ -108,16 +107,6 @@ def test_captions_vary():
     rng = np.random.default_rng(0)
     (scene,) = sample_scenes(rng, 1)
     assert len({caption(scene, rng) for _ in range(300)}) > 100
-
-
-def test_make_dataset_repeats_itself():
-    images, texts, scenes = make_dataset(20, seed=3)
-    again = make_dataset(20, seed=3)
-    np.testing.assert_array_equal(images, again[0])
-    assert (texts, scenes) == again[1:]
-    assert images.shape == (20, 64, 64, 3)
-    assert images.dtype == np.uint8
-    assert not any(scene.is_held_out for scene in scenes)
 
 
 def test_training_prompts_are_different_and_of_seen_pairs():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from transformers import CLIPTokenizer
 
-from examples.tiny_sd.captions import all_words, make_dataset
+from examples.tiny_sd.captions import all_words, caption
+from examples.tiny_sd.scenes import sample_scenes
 from examples.tiny_sd.tokenizer import END, START, build_tokenizer
 
 
@@ -37,7 +38,8 @@ def test_every_caption_word_is_one_token(tokenizer):
 
 
 def test_captions_fit_and_come_back(tokenizer):
-    texts = make_dataset(500, seed=0)[1]
+    rng = np.random.default_rng(0)
+    texts = [caption(scene, rng) for scene in sample_scenes(rng, 500)]
     ids = tokenizer(texts).input_ids
     assert max(len(i) for i in ids) < 30
     for text, row in zip(texts, ids, strict=True):

@@ -1,5 +1,8 @@
 """The training of the embedded teacher: its parts, and two iterations of the whole."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -250,16 +253,18 @@ def test_a_text_encoder_learns_what_captions_say(tmp_path, monkeypatch):
 
 
 def quadratic(params, batch, key):
-    noise = 0.01 * jax.random.normal(key, params.shape)
-    loss = jnp.square(params - batch + noise).mean()
+    noise = 0.01 * jax.random.normal(key, batch.shape)
+    loss = jnp.square(params["mean"] - batch + noise).mean()
     return loss, {"loss": loss}
 
 
 def run(folder, iterations, save_every=10):
-    return fit(
-        "toy", quadratic, jnp.zeros(3), lambda rng: rng.normal(2.0, 0.1, 3).astype(np.float32),
+    trained = fit(
+        "toy", quadratic, {"mean": jnp.zeros(3)},
+        lambda rng: rng.normal(2.0, 0.1, 3).astype(np.float32),
         iterations=iterations, learning_rate=0.1, folder=folder, seed=0, save_every=save_every,
     )  # fmt: skip
+    return trained["mean"]
 
 
 def test_fit_reaches_the_minimum(tmp_path):
@@ -341,3 +346,21 @@ def test_the_comparison_shows_every_model_and_prompt():
     assert drawn.dtype == np.uint8
     for value in (10, 200, 245, 55):
         assert (drawn == value).all(axis=-1).sum() >= 128 * 128
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--out=assets/tiny-sd",), "assets/tiny-sd: output folder is in use"),
+        ((), "[--out]: is missing, expected a folder to write the model to"),
+    ],
+)
+def test_the_command_asks_for_a_free_folder_before_it_trains(flags, said, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.tiny_sd.train", f"--workdir={tmp_path / 'new'}", *flags],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {said}")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "new").exists()

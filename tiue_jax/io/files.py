@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, new folders, names that stay inside."""
+"""Files that are whole or not there: atomic writes and new folders."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def new_folder(path: StrPath) -> Iterator[Path]:
             or a file lies where a parent folder should be.
     """
     target = Path(path).resolve()  # rename would replace a link, and not fill the folder behind it
-    _require_free(target, shown=path)
+    require_free(path)
     with hidden_folder(target.parent, target.name) as temporary:
         yield temporary
         _sync_tree(temporary)
-        _require_free(target, shown=path)
+        require_free(path)
         if not _rename(temporary, target):
             raise _in_use(path)
 
@@ -101,6 +101,33 @@ def take_number(folder: Path) -> Path:
     return next(name for name in names if _rename(folder, name))
 
 
+def require_free(path: StrPath) -> None:
+    """Ask, before long work whose result is to lie there, whether `new_folder(path)` would begin.
+
+    Raises:
+        InputError: something that is not an empty folder is at `path`.
+    """
+    target = Path(path)
+    if target.is_dir():
+        if any(target.iterdir()):
+            raise _in_use(path)
+    elif target.exists():
+        raise InputError("is a file", file=path, expected="a new or empty folder")
+
+
+def require_absent(path: StrPath, *, key: str | None = None) -> None:
+    """Ask, before long work whose result is to be the file `path`, whether nothing is there.
+
+    Args:
+        key: the flag that named `path`, for the message.
+
+    Raises:
+        InputError: something is at `path`.
+    """
+    if os.path.lexists(path):
+        raise InputError("is there already", file=path, key=key, expected="a new file")
+
+
 def make_parents(path: StrPath, *, key: str | None = None) -> None:
     """Make the folders above `path` that are missing.
 
@@ -117,33 +144,6 @@ def make_parents(path: StrPath, *, key: str | None = None) -> None:
         raise InputError("is a file", file=file, key=key, expected="a folder") from error
 
 
-def safe_join(folder: StrPath, name: str) -> Path:
-    """Return `folder / name` for a `name` read from a file, if it stays inside of `folder`.
-
-    Raises:
-        InputError: `name` is empty, absolute, climbs with `..`, holds a backslash, a drive or a
-            NUL, or leads outside through a symbolic link.
-    """
-    expected = f"a relative name inside of {os.fspath(folder)}"
-
-    def refuse(what: str) -> InputError:
-        return InputError(what, file=folder, expected=expected, found=repr(name))
-
-    if not name or "\0" in name or "\\" in name:
-        raise refuse("not a usable file name")
-    parts = name.split("/")
-    if name.startswith("/") or ":" in parts[0] or ".." in parts or set(parts) <= {"", "."}:
-        raise refuse("file name leads out of its folder")
-    joined = Path(folder) / name
-    try:
-        inside = joined.resolve().is_relative_to(Path(folder).resolve())
-    except (OSError, RuntimeError) as error:  # a loop of links
-        raise refuse("file name cannot be resolved") from error
-    if not inside:
-        raise refuse("file name leads out of its folder through a link")
-    return joined
-
-
 def _rename(folder: Path, target: Path) -> bool:
     """Rename in one step, onto nothing or an empty folder; False: something else is there."""
     try:
@@ -158,15 +158,6 @@ def _rename(folder: Path, target: Path) -> bool:
 def _sibling(target: Path) -> Path:
     """Return a fresh hidden name in the folder of `target`."""
     return target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.tmp"
-
-
-def _require_free(target: Path, *, shown: StrPath) -> None:
-    """Raise InputError unless nothing, or an empty folder, is at `target`."""
-    if target.is_dir():
-        if any(target.iterdir()):
-            raise _in_use(shown)
-    elif target.exists():
-        raise InputError("is a file", file=shown, expected="a new or empty folder")
 
 
 def _in_use(shown: StrPath) -> InputError:
