@@ -247,7 +247,7 @@ def test_the_command_for_the_embedded_teacher(tmp_path) -> None:
         path=f"{ROOT}:{COMPILER}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "v5e:2x2: 4 chips, batch 16; on each chip:" in done.stdout
+    assert "v5e:2x2: 4 chips, tiny, batch 16; on each chip:" in done.stdout
     assert json.loads(out.read_text())["chips"] == 4
 
 
@@ -261,3 +261,11 @@ def test_parameters_and_flops_need_no_compiling(tmp_path) -> None:
     lines = [line.split()[0] for line in done.stdout.splitlines()]
     assert lines == ["v5e:2x2:", "state", "teacher", "flops"]
     assert not out.exists()
+
+
+def test_an_earlier_report_is_not_replaced(tmp_path) -> None:
+    out = tmp_path / "report.json"
+    out.write_text("earlier")
+    done = run("--shapes=tiny", f"--out={out}", path=str(ROOT))
+    said = f"error: {out} [--out]: is there already, expected a new file\n"
+    assert (done.returncode, done.stderr, out.read_text()) == (2, said, "earlier")

@@ -64,7 +64,8 @@ class Report:
         arguments, outputs, aliased, temporaries, peak: bytes a chip; `aliased` are outputs in the
             place of donated arguments; `peak` is arguments + outputs - aliased + temporaries.
         flops: of one chip's share of the products and convolutions, recomputation included.
-        bytes_accessed: between HBM and one chip, loops counted.
+        bytes_accessed: that the instructions of one chip read and write, loops counted: more than
+            goes to HBM, as the compiler keeps some of it on chip.
         collectives: kind -> {"count": in the text, "times": run, "bytes": given out}, one chip.
         network_bytes: that one chip sends, for rings.
         seconds: the compilation took.
@@ -99,7 +100,10 @@ class Report:
         return asdict(self)
 
     def bounds(self, chip: Chip) -> dict[str, float]:
-        """Return the seconds that one run takes at least, by what limits it."""
+        """Return the seconds of one run at the chip's peaks, by what they would limit.
+
+        "compute" and "network" are minima; "memory" is none, see `bytes_accessed`.
+        """
         return {
             "compute": self.flops / chip.flops,
             "memory": self.bytes_accessed / chip.bandwidth,
