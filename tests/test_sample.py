@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +14,9 @@ from PIL import Image
 from tests import xla
 from tests.conftest import ROOT
 from tests.pretrained.folders import MODEL
+from tiue_jax.io.images import GRID_IMAGES
+from tiue_jax.pretrained.methods import METHODS
+from tiue_jax.pretrained.pipeline import load_pipeline
 
 
 def start(*flags: str, cwd=None, devices: int = 1) -> subprocess.Popen[str]:
@@ -66,6 +71,49 @@ def test_files_seeds_and_default_folder(tmp_path):
     one = read(tmp_path / "samples" / "001" / "00000_the-blue-sky.png")
     # another order of summation may cut a byte to the one below; worst seen 1
     assert np.abs(one - read(out / names[2])).max() <= 1
+
+
+def test_a_teacher_s_images_of_a_file_of_prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red cube\nthe blue sky\n")
+    result = sample(
+        f"--model={MODEL}", "--teacher", "--num_steps=3", "--negative_prompt=rain", "--seed=4",
+        "--prompt_file=prompts.txt", "--out=made", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("made: 2 images in ")
+    assert result.stdout.endswith("; made/grid.png\n")
+    told = json.loads((tmp_path / "made" / "samples.json").read_text())
+    assert [(i["prompt"], i["seed"]) for i in told["images"]] == [
+        ("a red cube", 4), ("the blue sky", 5),
+    ]  # fmt: skip
+    pipeline = load_pipeline(MODEL)
+    for image, negative, same in ((0, "rain", True), (1, "rain", True), (1, None, False)):
+        listed = told["images"][image]
+        expected = pipeline.sample(
+            [listed["prompt"]], [listed["seed"]], method="teacher", num_steps=3,
+            guidance_scale=7.5, negative_prompt=negative,
+        )  # fmt: skip
+        apart = np.abs(read(tmp_path / "made" / listed["file"]) - expected[0]).max()
+        assert (apart <= 1) == same  # another order of summation, as above
+
+
+def test_ctrl_c_leaves_the_images_that_were_made(tmp_path):
+    flags = (f"--model={MODEL}", "--method=tiue", "--num_steps=2", "--batch_size=1")
+    with start(*flags, "--prompt=sky", "--num_images=10000", cwd=tmp_path) as process:
+        while len(list(tmp_path.glob("samples/.*/*.png"))) < 3 and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert (process.returncode, out) == (130, "")
+    told = json.loads((tmp_path / "samples" / "000" / "samples.json").read_text())
+    made = [f.name for f in (tmp_path / "samples" / "000").glob("*_sky.png")]
+    assert len(made) >= 3
+    assert not told["complete"]
+    # Ctrl-C may come between the last file and its entry
+    assert {i["file"] for i in told["images"]} >= {f"{i:05d}_sky.png" for i in range(len(made) - 1)}
+    note = f"samples/000: {len(told['images'])} of 10000 images were made"
+    assert err.splitlines()[-2:] == [note, "error: interrupted"]
+    assert [f.name for f in (tmp_path / "samples").iterdir()] == ["000"]
 
 
 def test_an_earlier_result_is_never_overwritten(tmp_path):
@@ -165,5 +213,9 @@ def test_bad_input_is_one_line(tmp_path, flags, parts):
 def test_help_teaches():
     result = sample("--help")
     assert result.returncode == 0
-    for part in ("--teacher", "--num_images", "grid.png", "python -m tiue_jax.sample"):
+    grid = f"grid.png of the first {GRID_IMAGES}"
+    for part in ("--teacher", "--num_images", grid, "python -m tiue_jax.sample"):
         assert part in result.stdout
+    text = " ".join(result.stdout.split())
+    assert ", ".join(f"{name} {m.num_steps}" for name, m in METHODS.items()) in text
+    assert "By default turbo 1, lcm 8, teacher 7.5; LCM-LoRA 1." in text

@@ -1,7 +1,7 @@
 """Make images from prompts: a student in one pass, few-step models, or a teacher with guidance.
 
     python -m tiue_jax.sample --model=assets/tiny-sd-tiue --prompt="a red circle above a blue ring"
-    python -m tiue_jax.sample --model=assets/tiny-sd --teacher --prompt="a large green ring"
+    python -m tiue_jax.sample --model=assets/tiny-sd --teacher --guidance_scale=3 --prompt="a heart"
     python -m tiue_jax.sample --model=stabilityai/sd-turbo --prompt_file=prompts.txt --num_images=4
     python -m tiue_jax.sample --model=model.safetensors --tokenizer=FOLDER --method=one-step ...
 
@@ -14,9 +14,11 @@ SD-Turbo's trailing Euler scheduler); where they do not say, choose:
     lcm       --num_steps steps with noise in between: LCM, or with --lora LCM-LoRA
     teacher   --num_steps DDIM steps with guidance and a negative prompt; --teacher for short
 
---out is a new folder: a PNG file an image, grid.png, and samples.json with the prompt and the seed
-of each. Image number i (from 0, over all prompts) has the seed --seed + i and depends on its prompt
-and that seed alone, not on the batch or the number of devices: the same --seed makes it again.
+--out is a new folder: a PNG file an image, grid.png of the first 64, and samples.json with the
+prompt and the seed of each. Image number i (from 0, over all prompts) has the seed --seed + i and
+depends on its prompt and that seed alone, not on the batch or the number of devices: the same
+--seed makes it again. What stops the command half-way, Ctrl-C too, leaves a folder of the images
+that were made, with "complete": false in samples.json.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from absl import flags
 from tiue_jax.data.prompts import load_prompts, require_text
 from tiue_jax.io.errors import InputError, run_command
 from tiue_jax.io.files import hidden_folder, new_folder, take_number
-from tiue_jax.io.images import write_samples
+from tiue_jax.io.images import GRID_IMAGES, SampleFolder
 from tiue_jax.pretrained import model_flags, sampling_flags
 from tiue_jax.pretrained.pipeline import MAX_SEED
 from tiue_jax.pretrained.sampling_flags import sample_by_flags
@@ -56,15 +58,21 @@ def main(argv: Sequence[str]) -> None:
     if not FLAGS.prompt and not FLAGS.prompt_file:
         raise InputError("is required (or --prompt_file); see --help", key="--prompt")
     prompts, seeds = _prompts_and_seeds()
+    settings = {f.name: f.value for f in FLAGS.get_key_flags_for_module(sys.modules[__name__])}
+    began = time.monotonic()
     with new_folder(FLAGS.out) if FLAGS.out else hidden_folder("samples") as folder:
-        began = time.monotonic()
-        images, load, first = sample_by_flags(FLAGS.model, prompts, seeds)
-        seconds = time.monotonic() - began
-        settings = {f.name: f.value for f in FLAGS.get_key_flags_for_module(sys.modules[__name__])}
-        write_samples(folder, images, prompts, seeds, settings)
+        batches = sample_by_flags(FLAGS.model, prompts, seeds)
+        loaded = time.monotonic()
+        samples = SampleFolder(folder, prompts, seeds, settings)
+        failure = samples.fill(batches)
         out = FLAGS.out or take_number(folder)
+    if failure is not None:
+        print(f"{out}: {len(samples)} of {len(prompts)} images were made", file=sys.stderr)
+        raise failure
+    load, first, seconds = loaded - began, samples.made_at[0] - loaded, time.monotonic() - began
     parts = f"loading {load:.1f} s, the first batch with compilation {first:.1f} s"
-    print(f"{out}: {len(images)} images in {seconds:.1f} s ({parts}); {out}/grid.png")
+    of = f" of the first {GRID_IMAGES}" if len(samples) > GRID_IMAGES else ""
+    print(f"{out}: {len(samples)} images in {seconds:.1f} s ({parts}); {out}/grid.png{of}")
 
 
 def _prompts_and_seeds() -> tuple[list[str], range]:

@@ -35,7 +35,8 @@ from examples.tiny_sd.scenes import (
     SceneObject,
     sample_scenes,
 )
-from tiue_jax.io.errors import run_command
+from tiue_jax.io.errors import InputError, run_command
+from tiue_jax.io.files import StrPath
 
 FLAGS = flags.FLAGS
 SPLITS: dict[str, tuple[int, int, Pairs]] = {  # examples, seed, colour-shape pairs
@@ -92,9 +93,13 @@ class TinyScenes(tfds.core.GeneratorBasedBuilder):
     ) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
         del dl_manager  # nothing is downloaded
         return {
-            name: self._generate_examples(max(1, round(number * self._scale)), seed, pairs)
-            for name, (number, seed, pairs) in SPLITS.items()
+            name: self._generate_examples(self.num_examples(name), seed, pairs)
+            for name, (_, seed, pairs) in SPLITS.items()
         }
+
+    def num_examples(self, split: str) -> int:
+        """The number of examples that a split is built with."""
+        return max(1, round(SPLITS[split][0] * self._scale))
 
     def _generate_examples(
         self, number: int, seed: int, pairs: Pairs
@@ -140,14 +145,34 @@ class Examples(NamedTuple):
     scenes: list[Scene]
 
 
+def build(data_dir: StrPath, scale: float = 1.0) -> Path:
+    """Build the data set as array_record files, unless it is there; return its folder.
+
+    Raises:
+        InputError: `data_dir` holds a data set of another scale.
+    """
+    builder = TinyScenes(data_dir=data_dir, scale=scale, file_format="array_record")
+    builder.download_and_prepare()
+    for name in SPLITS:
+        found, expected = builder.info.splits[name].num_examples, builder.num_examples(name)
+        if found != expected:
+            raise _other_number(builder, name, expected, found)
+    return Path(builder.data_dir)
+
+
 def training_examples(data_dir: Path, number: int) -> Examples:
     """The first `number` rows of the train split in `data_dir`; the data set is built if need be.
 
     Reads everything into memory, 12 kB an example.
+
+    Raises:
+        InputError: `data_dir` holds a data set of fewer rows.
     """
     builder = TinyScenes(data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare()
     source = builder.as_data_source("train")
+    if len(source) < number:
+        raise _other_number(builder, "train", f"{number} or more", len(source))
     images, captions, scenes = np.empty((number, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), [], []
     for i in tqdm(range(number), "read", unit="scene", mininterval=5):
         row = source[i]
@@ -155,6 +180,16 @@ def training_examples(data_dir: Path, number: int) -> Examples:
         captions.append(row["caption"].decode())
         scenes.append(_scene(row))
     return Examples(images, captions, scenes)
+
+
+def _other_number(builder: TinyScenes, split: str, expected: object, found: int) -> InputError:
+    """Of a data set that was there: tfds reuses one of any scale, and builds nothing."""
+    return InputError(
+        f"holds another number of examples in split {split!r}; delete it or take another folder",
+        file=builder.data_dir,
+        expected=expected,
+        found=found,
+    )
 
 
 def _scene(row: dict[str, Any]) -> Scene:
@@ -186,11 +221,9 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Build the data set as array_record files."""
+    """Build the data set."""
     del argv
-    builder = TinyScenes(data_dir=FLAGS.data_dir, scale=FLAGS.scale, file_format="array_record")
-    builder.download_and_prepare()
-    print(f"wrote {builder.data_dir}")
+    print(f"wrote {build(FLAGS.data_dir, FLAGS.scale)}")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def fit(
         step_key = jax.random.fold_in(key, state.step)
         grads, metrics = jax.grad(loss, has_aux=True)(state.params, batch, step_key)
         updates, opt_state = chain.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         ema = update_ema(state.ema, params, ema_decay(state.step + 1, ema_max_decay))
         return FitState(params, ema, opt_state, state.step + 1), metrics
 

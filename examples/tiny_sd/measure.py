@@ -31,7 +31,7 @@ from examples.tiny_sd.scenes import IMAGE_SIZE, Pairs, Scene, sample_scenes
 from tiue_jax.evaluation.frechet import frechet_distance
 from tiue_jax.evaluation.manifold import density_coverage, precision_recall
 from tiue_jax.io.errors import InputError, run_command
-from tiue_jax.io.files import write_atomic
+from tiue_jax.io.files import require_absent, write_atomic
 from tiue_jax.pretrained.pipeline import load_pipeline
 
 FLAGS = flags.FLAGS
@@ -263,16 +263,16 @@ def read_images(folder: str | Path, number: int) -> np.ndarray:
         raise InputError(
             "wrong number of PNG files", file=folder, expected=number, found=len(files)
         )
-    images = []
+    images, expected = [], f"{IMAGE_SIZE}x{IMAGE_SIZE}"
     for file in files:
         try:
             with Image.open(file) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except OSError as error:
+                found = f"{image.width}x{image.height}"
+                pixels = np.asarray(image.convert("RGB")) if found == expected else None
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError("cannot be read as a picture", file=file) from error
-        if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
-            found = f"{pixels.shape[1]}x{pixels.shape[0]}"
-            raise InputError("picture of another size", file=file, expected="64x64", found=found)
+        if pixels is None:
+            raise InputError("picture of another size", file=file, expected=expected, found=found)
         images.append(pixels)
     return np.stack(images)
 
@@ -285,8 +285,8 @@ def define_flags() -> None:
     flags.DEFINE_float("guidance_scale", None, "guidance of the teacher")
     flags.DEFINE_string("images", None, "folder of PNG files to measure")
     flags.DEFINE_bool("real", False, "measure the rendered scenes themselves")
-    flags.DEFINE_string("write_prompts", None, "file to write the prompts to")
-    flags.DEFINE_string("out", None, "JSON file to write the metrics to")
+    flags.DEFINE_string("write_prompts", None, "new file to write the prompts to")
+    flags.DEFINE_string("out", None, "new JSON file to write the metrics to")
     flags.DEFINE_integer("num_seen", NUM_SEEN, "prompts with seen pairs", 0, NUM_SEEN)
     flags.DEFINE_integer("num_unseen", NUM_UNSEEN, "prompts with unseen pairs", 0, NUM_UNSEEN)
 
@@ -302,6 +302,10 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(
             "choose one", key="--model, --images, --real or --write_prompts", found=asked or "none"
         )
+    for name in ("write_prompts", "out"):
+        path = FLAGS[name].value
+        if path:
+            require_absent(path, key=f"--{name}")
     if FLAGS.write_prompts:
         write_atomic(FLAGS.write_prompts, "".join(f"{r.text}\n" for r in requests))
         return

@@ -28,6 +28,7 @@ from tiue_jax.io.errors import InputError, run_command
 from tiue_jax.io.files import require_free, write_atomic
 from tiue_jax.models.variants import Variant, variant
 from tiue_jax.pretrained.folder import StableDiffusion, save_stable_diffusion
+from tiue_jax.pretrained.jsonfile import read_object
 from tiue_jax.pretrained.names import DIFFUSERS
 from tiue_jax.pretrained.parameters import ParamFile, to_device
 from tiue_jax.pretrained.tokenizer import Tokenizer
@@ -79,7 +80,7 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
         InputError: the states were made with others.
     """
     if path.exists():
-        noted = parse_object(path.read_bytes(), path)
+        noted = read_object(path)
         for key, value in settings.items():
             if noted.get(key) != value:
                 raise InputError(

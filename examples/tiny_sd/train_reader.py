@@ -1,6 +1,6 @@
 """Train the scene reader.
 
-python -m examples.tiny_sd.train_reader --out=assets/scene-reader
+python -m examples.tiny_sd.train_reader --out=runs/scene-reader
 
 Cost: about 8 minutes of one core. Expect: at least 98 % of pictures read without a single mistake,
 on clean held-out scenes of every colour-shape pair (99.5 % or more for each attribute).
@@ -52,7 +52,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("iterations", 4000, "optimiser steps", lower_bound=1)
     flags.DEFINE_integer("batch_size", 64, "pictures a step", lower_bound=1)
     flags.DEFINE_float("learning_rate", 3e-3, "peak rate of AdamW (one cosine)")
-    flags.DEFINE_integer("seed", 0, "seed of scenes, distortions and weights")
+    flags.DEFINE_integer("seed", 0, "seed of scenes, distortions and weights", 0, 2**32 - 1)
 
 
 def training_scenes(rng: np.random.Generator, n: int) -> list[Scene]:

@@ -1,7 +1,9 @@
 """Verdicts by hand; scores of right, shuffled and blank pictures; the protocol's fixed prompts."""
 
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -172,6 +174,33 @@ def test_read_images_in_name_order(tmp_path):
         read_images(tmp_path, 3)
 
 
+def _chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _png(side, *chunks):
+    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + _chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (_png(20_000), "cannot be read as a picture"),  # PIL's DecompressionBombError
+        (_png(5_000), "picture of another size, expected 64x64, found 5000x5000"),
+        (_png(64), "cannot be read as a picture"),  # no pixels
+        (  # PIL's ValueError of a text that unpacks to more than 1 MB
+            _png(64, _chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**21)))),
+            "cannot be read as a picture",
+        ),
+    ],
+)
+def test_files_that_would_unpack_to_much_are_refused(tmp_path, data, said):
+    (tmp_path / "0.png").write_bytes(data)
+    with pytest.raises(InputError, match=f"0.png: {said}"):
+        read_images(tmp_path, 1)
+
+
 def _command(*flags):
     return subprocess.run(
         [sys.executable, "-m", "examples.tiny_sd.measure", *flags],
@@ -187,6 +216,18 @@ def test_command_measures_rendered_scenes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "| rendered |" in done.stdout
     assert out.is_file()
+
+
+@pytest.mark.parametrize(
+    ("key", "flags"), [("--out", ("--model=assets/tiny-sd",)), ("--write_prompts", ())]
+)
+def test_command_overwrites_no_result(tmp_path, key, flags):
+    (tmp_path / "earlier").write_text("mine")
+    done = _command(f"{key}={tmp_path / 'earlier'}", *flags)
+    assert done.returncode == 2
+    said = f"{tmp_path / 'earlier'} [{key}]: is there already, expected a new file"
+    assert done.stderr == f"error: {said}\n"
+    assert (tmp_path / "earlier").read_text() == "mine"
 
 
 def test_command_refuses_two_choices_and_none():

@@ -1,6 +1,8 @@
 """The shipped scene reader reads held-out scenes, and its training and files work."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -116,6 +118,16 @@ def test_training_runs_and_its_files_round_trip(tmp_path, monkeypatch):
     loaded = Reader.load(tmp_path)
     # fp16 weights: 5e-4 relative, of features up to 6, through six layers; worst seen 1e-2
     np.testing.assert_allclose(loaded(images).features, trained(images).features, atol=3e-2)
+
+
+def test_a_seed_that_is_none_is_refused(tmp_path):
+    command = [sys.executable, "-m", "examples.tiny_sd.train_reader", "--seed=-1"]
+    command.append(f"--out={tmp_path / 'reader'}")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: [--seed]: ")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_and_foreign_files(tmp_path):

@@ -21,12 +21,19 @@ from examples.tiny_sd.reader import HEADS, to_pixels, true_labels
 from examples.tiny_sd.render import render
 from examples.tiny_sd.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, sample_scenes
 from examples.tiny_sd.tokenizer import build_tokenizer
-from examples.tiny_sd.train import latent_data, load_latents, read_part, save_latents
+from examples.tiny_sd.train import (
+    keep_settings,
+    latent_data,
+    load_latents,
+    read_part,
+    save_latents,
+)
 from examples.tiny_sd.train_teacher import MAX_WEIGHT, LatentData, teacher_loss
 from examples.tiny_sd.train_text import text_loss, train_text_encoder
 from examples.tiny_sd.train_vae import decoder_loss, encode, train_decoder, whiten
 from tests.conftest import ROOT
 from tiue_jax.diffusion.schedule import make_schedule
+from tiue_jax.io.errors import InputError
 from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.models.variants import Variant, variant
@@ -364,3 +371,13 @@ def test_the_command_asks_for_a_free_folder_before_it_trains(flags, said, tmp_pa
     assert done.stderr.startswith(f"error: {said}")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_a_workdir_of_other_settings_is_refused(tmp_path):
+    file = tmp_path / "new" / "settings.json"
+    keep_settings(file, {"seed": 0, "vae_from": None})
+    keep_settings(file, {"seed": 0, "vae_from": None})
+    with pytest.raises(InputError) as caught:
+        keep_settings(file, {"seed": 0, "vae_from": "x"})
+    said = "its states were made with another setting; take a new --workdir"
+    assert str(caught.value) == f"{file} [--vae_from]: {said}, expected None, found 'x'"

@@ -10,7 +10,10 @@ from tests.pretrained.folders import MODEL
 from tiue_jax.diffusion.ddim import closed_form
 from tiue_jax.diffusion.images import decode_images
 from tiue_jax.diffusion.student import student_forward, student_timesteps
-from tiue_jax.io.errors import RunError
+from tiue_jax.io.errors import InputError, RunError
+from tiue_jax.models.taesd import AutoencoderTiny
+from tiue_jax.pretrained import pipeline as module
+from tiue_jax.pretrained.auxiliary import LoadedTAESD
 from tiue_jax.pretrained.pipeline import load_pipeline, seed_noise
 
 PROMPTS = ["a red cube on the blue table", "the blue sky", "three red stones in the rain"]
@@ -58,6 +61,46 @@ def test_an_image_does_not_depend_on_its_batch(pipeline, images):
     assert apart(alone, images[2:]) <= ONE_BYTE
     assert apart(many[:3], images) <= ONE_BYTE
     assert apart(many[3:6], images[::-1]) <= ONE_BYTE
+
+
+def test_batches_come_one_by_one_and_are_the_images(pipeline, images, monkeypatch):
+    decode, decoded = module._decode, []
+    monkeypatch.setattr(module, "_decode", lambda *args: decoded.append(0) or decode(*args))
+    batches = pipeline.sample_batches(PROMPTS * 3, [5, 6, 7] * 3, method="tiue")
+    first = next(batches)  # of 8, on 8 devices
+    assert len(decoded) == 1
+    (last,) = batches
+    assert len(decoded) == 2
+    found = np.concatenate([first, last]).reshape(3, *images.shape)
+    for again in found:
+        np.testing.assert_array_equal(again, found[0])
+    assert apart(found[0], images) <= ONE_BYTE
+
+
+def test_settings_are_refused_before_the_first_batch(pipeline):
+    with pytest.raises(ValueError, match="method tiue has no guidance"):
+        pipeline.sample_batches(PROMPTS, [5, 6, 7], method="tiue", guidance_scale=2.0)
+    with pytest.raises(ValueError, match="3 prompts, 1 seeds"):
+        pipeline.sample_batches(PROMPTS, [1], method="tiue")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"latent_channels": 16}, "channels in its latents, expected 4, found 16"),
+        ({"in_channels": 1}, "channels in its images, expected 3, found 1"),
+        (
+            {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)},
+            "pixels a latent, expected 8, found 2",
+        ),
+    ],
+)
+def test_a_taesd_of_another_model_is_refused(monkeypatch, fields, said):
+    other = LoadedTAESD(AutoencoderTiny(**fields), {})
+    monkeypatch.setattr(module, "load_taesd", lambda folder, **options: other)
+    with pytest.raises(InputError) as caught:
+        load_pipeline(MODEL, taesd=MODEL / "taesd")
+    assert str(caught.value) == f"{MODEL / 'taesd'} [--taesd]: TAESD of another model: {said}"
 
 
 def test_an_image_depends_on_seed_and_prompt(pipeline, images):

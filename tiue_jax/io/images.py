@@ -6,13 +6,20 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+from tqdm import tqdm
 
+from tiue_jax.io.files import write_atomic
+
+GRID_IMAGES = 64  # at most in a grid of samples, or that of thousands could not be opened
 Images = UInt8[np.ndarray, "n h w 3"]
 
 
@@ -42,29 +49,77 @@ def encode_png(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
     return buffer.getvalue()
 
 
-def write_samples(
-    folder: Path,
-    images: Images,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    settings: Mapping[str, object],
-) -> None:
-    """Write a PNG file an image, grid.png, and samples.json into `folder`.
+class SampleFolder:
+    """A folder of samples: a PNG file an image as it is made, then grid.png and samples.json.
 
     A file's name is its number and its prompt with everything but a-z and 0-9 replaced: no prompt
-    can name another folder.
+    can name another folder. Every file is whole or not there, whatever stops the writing.
 
-    Args:
-        settings: what it takes to make the images again; JSON values.
+    Attributes:
+        made_at: when each batch was made, as `time.monotonic` has it.
     """
-    listed = []
-    for i, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
-        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-")
-        name = f"{i:05d}_{words or 'image'}.png"
-        (folder / name).write_bytes(encode_png(image))
-        listed.append({"file": name, "prompt": prompt, "seed": seed})
-    (folder / "grid.png").write_bytes(encode_png(image_grid(images)))
-    text = json.dumps({"settings": settings, "images": listed}, indent=1, ensure_ascii=False)
-    # A flag may name a file whose name is not UTF-8: its bytes become JSON's escapes.
-    encoded = (text + "\n").encode("utf-8", "backslashreplace")
-    (folder / "samples.json").write_bytes(encoded)
+
+    def __init__(
+        self,
+        folder: Path,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Mapping[str, object],
+    ) -> None:
+        """Write nothing yet.
+
+        Args:
+            prompts, seeds: one an image, of all that are to be made.
+            settings: what it takes to make the images again; JSON values.
+        """
+        self._folder, self._settings = folder, settings
+        self._wanted = list(zip(prompts, seeds, strict=True))
+        self._listed: list[dict[str, Any]] = []
+        self._first: list[np.ndarray] = []
+        self.made_at: list[float] = []
+
+    def __len__(self) -> int:
+        """Return the number of images written."""
+        return len(self._listed)
+
+    def fill(self, batches: Iterable[UInt8[np.ndarray, "_ h w 3"]]) -> BaseException | None:
+        """Write images as they are made, under a progress bar, and finish.
+
+        Returns:
+            What stopped it half-way, Ctrl-C too: the folder then holds the images before that. What
+            stops it before the first image is raised.
+        """
+        try:
+            with tqdm(desc="images", total=len(self._wanted)) as bar:
+                for batch in batches:
+                    self.made_at.append(time.monotonic())
+                    self.add(batch)
+                    bar.update(len(batch))
+            self.finish()
+        except BaseException as error:
+            if not len(self):
+                raise
+            with suppress(OSError):  # the disk may be full
+                self.finish()
+            return error
+        return None
+
+    def add(self, images: Images) -> None:
+        """Write the next images."""
+        for image in images:
+            prompt, seed = self._wanted[len(self)]
+            words = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-")
+            name = f"{len(self):05d}_{words or 'image'}.png"
+            write_atomic(self._folder / name, encode_png(image))
+            self._listed.append({"file": name, "prompt": prompt, "seed": seed})
+            if len(self) <= GRID_IMAGES:
+                self._first.append(image)
+
+    def finish(self) -> None:
+        """Write samples.json of the images that there are, and grid.png of the first of them."""
+        complete = len(self) == len(self._wanted)
+        told = {"settings": self._settings, "complete": complete, "images": self._listed}
+        text = json.dumps(told, indent=1, ensure_ascii=False) + "\n"
+        # A flag may name a file whose name is not UTF-8: its bytes become JSON's escapes.
+        write_atomic(self._folder / "samples.json", text.encode("utf-8", "backslashreplace"))
+        write_atomic(self._folder / "grid.png", encode_png(image_grid(np.stack(self._first))))

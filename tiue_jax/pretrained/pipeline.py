@@ -59,15 +59,23 @@ class Pipeline:
         taesd: a small decoder in place of the VAE's; None: the VAE.
         batch_size: images made at a time; rounded up to a multiple of the number of devices. The
             last batch is filled up, so that one shape is compiled.
-        progress: called with an iterator of batches and their number; a progress bar's place.
     """
 
     model: StableDiffusion
     batch_size: int = 8
     taesd: LoadedTAESD | None = None
-    progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda batches, total: batches
 
-    def sample(
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> Images:
+        """Make one image a prompt and seed, all in memory; options and errors: `sample_batches`."""
+        side = self.model.latent_size * self.model.pixels_per_latent
+        images = np.empty((len(prompts), side, side, self.model.vae.in_channels), np.uint8)
+        done = 0
+        for batch in self.sample_batches(prompts, seeds, **options):
+            images[done : done + len(batch)] = batch
+            done += len(batch)
+        return images
+
+    def sample_batches(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
@@ -77,8 +85,8 @@ class Pipeline:
         timestep_spacing: str | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
-    ) -> Images:
-        """Make one image a prompt and seed.
+    ) -> Iterator[Images]:
+        """Make one image a prompt and seed; yield them in order, `batch_size` at a time.
 
         Args:
             prompts: one an image.
@@ -91,8 +99,9 @@ class Pipeline:
 
         Raises:
             ValueError: numbers of prompts and seeds differ, or settings that make no image.
-            RunError: an image is not finite.
+            RunError: an image is not finite; raised in place of its batch.
         """
+        _require_seeds(prompts, seeds)
         model = self.model
         name = choose_method(model, method)
         told = METHODS[name]
@@ -163,17 +172,12 @@ class Pipeline:
         latents: Latents,
         prompts: Sequence[str],
         seeds: Sequence[int],
-    ) -> Images:
+    ) -> Iterator[Images]:
         """Encode, draw noise, call `latents`, decode: in batches of one size over all devices.
 
         Args:
             latents: (UNet's parameters, noise, context, seeds) -> x0.
         """
-        if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: expected one each")
-        wrong = [seed for seed in seeds if not 0 <= seed <= MAX_SEED]
-        if wrong:
-            raise ValueError(f"seed {wrong[0]}: expected 0..{MAX_SEED}")
         model = self.model
         devices = jax.device_count()
         mesh = _mesh()
@@ -183,10 +187,7 @@ class Pipeline:
         order = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         unique_ids = model.tokenizer(list(order))  # each once: it warns of what it cuts
         input_ids = unique_ids[[order[prompt] for prompt in prompts]]
-        side = model.latent_size * model.pixels_per_latent
-        done = [np.zeros((0, side, side, model.vae.in_channels), np.uint8)]
-        starts = range(0, len(prompts), size)
-        for start in self.progress(iter(starts), len(starts)):
+        for start in range(0, len(prompts), size):
             rows = np.arange(start, start + size) % len(prompts)
             ids = jax.device_put(input_ids[rows], split)
             chosen = jax.device_put(np.asarray(seeds, np.uint32)[rows], split)
@@ -197,8 +198,15 @@ class Pipeline:
             if not np.all(finite):
                 i = int(rows[np.argmin(finite)])
                 raise RunError(f"image {i} is not finite: seed {seeds[i]}, prompt {prompts[i]!r}")
-            done.append(np.asarray(images)[: len(prompts) - start])
-        return np.concatenate(done)
+            yield np.asarray(images)[: len(prompts) - start]
+
+
+def _require_seeds(prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: expected one each")
+    wrong = [seed for seed in seeds if not 0 <= seed <= MAX_SEED]
+    if wrong:
+        raise ValueError(f"seed {wrong[0]}: expected 0..{MAX_SEED}")
 
 
 @partial(jax.jit, static_argnames="shape")
@@ -254,7 +262,7 @@ def load_pipeline(
         options: further ones of `load_model`.
 
     Raises:
-        InputError: as `load_model`; a TAESD of other latents.
+        InputError: as `load_model`; a TAESD of other latents or of other images.
     """
     found = load_model(model, dtype=dtype, param_dtype=dtype, **options)
     everywhere = NamedSharding(_mesh(), PartitionSpec())
@@ -262,15 +270,22 @@ def load_pipeline(
     if taesd is None:
         return Pipeline(found, batch_size)
     small = load_taesd(resolve_network(str(taesd)), dtype=dtype, param_dtype=dtype)
-    if small.module.latent_channels != found.unet.out_channels:
-        raise InputError(
-            "TAESD decodes other latents than this model's",
-            file=taesd,
-            expected=f"{found.unet.out_channels} channels",
-            found=small.module.latent_channels,
-        )
+    _require_same_images(small.module, found, taesd)
     small = replace(small, params=jax.device_put(small.params, everywhere))
     return Pipeline(found, batch_size, small)
+
+
+def _require_same_images(taesd: AutoencoderTiny, model: StableDiffusion, file: StrPath) -> None:
+    """Raise InputError unless `taesd` decodes this model's latents to images of its VAE's shape."""
+    upsampling = 2 ** (len(taesd.num_decoder_blocks) - 1)
+    for what, found, expected in (
+        ("channels in its latents", taesd.latent_channels, model.unet.out_channels),
+        ("channels in its images", taesd.in_channels, model.vae.in_channels),
+        ("pixels a latent", upsampling, model.pixels_per_latent),
+    ):
+        if found != expected:
+            what = f"TAESD of another model: {what}"
+            raise InputError(what, file=file, key="--taesd", expected=expected, found=found)
 
 
 def _mesh() -> Mesh:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
 
 from absl import flags
-from tqdm import tqdm
 
 from tiue_jax.io.errors import InputError
 from tiue_jax.io.images import Images
 from tiue_jax.pretrained.methods import METHODS
 from tiue_jax.pretrained.model_flags import model_options
-from tiue_jax.pretrained.pipeline import load_pipeline
+from tiue_jax.pretrained.pipeline import Pipeline, load_pipeline
 
+_DEFAULT_STEPS = ", ".join(f"{name} {m.num_steps}" for name, m in METHODS.items())
+_DEFAULT_GUIDANCE = ", ".join(
+    f"{name} {m.guidance_scale:g}" for name, m in METHODS.items() if m.guidance_scale is not None
+)
 _METHOD = flags.DEFINE_enum("method", "auto", ["auto", *METHODS], "How images are made: see above.")
 _TEACHER = flags.DEFINE_bool("teacher", False, "The same as --method=teacher.")
-_STEPS = flags.DEFINE_integer("num_steps", None, "Decoders or steps; by default the method's.", 1)
-_GUIDANCE = flags.DEFINE_float("guidance_scale", None, "w, where there is one; 1: no guidance.", 0)
+_STEPS = flags.DEFINE_integer(
+    "num_steps", None, f"Decoders or steps. By default what tiue.json says, or {_DEFAULT_STEPS}.", 1
+)
+_GUIDANCE = flags.DEFINE_float(
+    "guidance_scale",
+    None,
+    f"w of the methods with guidance; 1: none. By default {_DEFAULT_GUIDANCE}; LCM-LoRA 1.",
+    0,
+)
 flags.register_validator(
     _GUIDANCE, lambda w: w is None or math.isfinite(w), "expected a finite number"
 )
@@ -34,23 +41,14 @@ _TAESD = flags.DEFINE_string(
 _SETTINGS = ("num_steps", "guidance_scale", "negative_prompt")  # that an error may be about
 
 
-class Sampled(NamedTuple):
-    """The images, and the seconds that loading took and that the first batch took after it."""
-
-    images: Images
-    load_seconds: float
-    first_seconds: float
-
-
-def sample_by_flags(model: str, prompts: Sequence[str], seeds: Sequence[int]) -> Sampled:
-    """Load `model` and make its images, with a progress bar.
+def sample_by_flags(model: str, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Images]:
+    """Load `model`, and then make its images a batch at a time, as they are asked for.
 
     Raises:
-        InputError: there is no such model, or the flags make no image of it.
+        InputError: there is no such model, or, with the first batch, the flags make no image of it.
     """
     if _TEACHER.value and _METHOD.value not in ("auto", "teacher"):
         raise InputError("contradicts --teacher", key="--method", found=_METHOD.value)
-    began = time.monotonic()
     pipeline = load_pipeline(
         model,
         dtype=_DTYPE.value,
@@ -58,16 +56,14 @@ def sample_by_flags(model: str, prompts: Sequence[str], seeds: Sequence[int]) ->
         taesd=_TAESD.value if _DECODER.value == "taesd" else None,
         **model_options(),
     )
-    loaded = time.monotonic()
-    first = []
+    return _batches(pipeline, model, prompts, seeds)
 
-    def progress(batches: Iterator[Any], total: int) -> Iterator[Any]:
-        for batch in tqdm(batches, "batches", total):
-            yield batch
-            first.append(time.monotonic() - loaded)
 
+def _batches(
+    pipeline: Pipeline, model: str, prompts: Sequence[str], seeds: Sequence[int]
+) -> Iterator[Images]:
     try:
-        images = replace(pipeline, progress=progress).sample(
+        yield from pipeline.sample_batches(
             prompts,
             seeds,
             method="teacher" if _TEACHER.value else _METHOD.value,
@@ -79,4 +75,3 @@ def sample_by_flags(model: str, prompts: Sequence[str], seeds: Sequence[int]) ->
         text = str(error)
         key = next((f"--{name}" for name in _SETTINGS if text.startswith(name)), "--method")
         raise InputError(text, file=model, key=key) from error
-    return Sampled(images, loaded - began, first[0])
