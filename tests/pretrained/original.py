@@ -228,7 +228,9 @@ def make_sd2(folder: Path) -> Path:
         hidden_act="gelu",
     )
     CLIPTextModel(text).save_pretrained(folder / "text_encoder")
-    shutil.copytree(MODEL / "tokenizer", folder / "tokenizer")
+    shutil.copytree(MODEL / "tokenizer", folder / "tokenizer", copy_function=shutil.copyfile)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        edit_json(folder / "tokenizer" / name, pad_token="!")  # token 0, as the published ones
     shutil.copytree(MODEL / "scheduler", folder / "scheduler", copy_function=shutil.copyfile)
     shutil.copyfile(MODEL / "model_index.json", folder / "model_index.json")
     edit_json(folder / "scheduler/scheduler_config.json", prediction_type="v_prediction")

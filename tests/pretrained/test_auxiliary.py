@@ -66,12 +66,30 @@ def test_the_reference_configs() -> None:
     )
 
 
+def _taesd_config(taesd: AutoencoderTiny) -> dict[str, Any]:
+    """Return the AutoencoderTiny config of `taesd`."""
+    levels = len(taesd.num_encoder_blocks)
+    return {
+        "_class_name": "AutoencoderTiny",
+        **{key: values[0] for key, values in configs._TAESD_ONLY.items()},
+        "block_out_channels": [taesd.decoder_channels] * levels,
+        "decoder_block_out_channels": [taesd.decoder_channels] * levels,
+        "encoder_block_out_channels": [taesd.encoder_channels] * levels,
+        "in_channels": taesd.in_channels,
+        "latent_channels": taesd.latent_channels,
+        "num_decoder_blocks": list(taesd.num_decoder_blocks),
+        "num_encoder_blocks": list(taesd.num_encoder_blocks),
+        "out_channels": taesd.in_channels,
+        "scaling_factor": taesd.scaling_factor,
+    }
+
+
 def test_taesd_survives_its_config_and_its_default_is_diffusers() -> None:
     small = AutoencoderTiny(
         encoder_channels=8, num_encoder_blocks=(1, 2), num_decoder_blocks=(2, 1)
     )
     for taesd in (AutoencoderTiny(), small):
-        config = configs.taesd_config(taesd)
+        config = _taesd_config(taesd)
         assert configs.taesd_from_config(Fields(config, FILE)) == taesd
         theirs = TorchTiny.from_config(
             {k: v for k, v in config.items() if k != "block_out_channels"}

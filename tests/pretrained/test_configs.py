@@ -199,6 +199,8 @@ def test_text_encoders_that_we_do_not_implement_are_refused(change: dict[str, An
         (b"[]", "not a JSON object, found list"),
         (b"{", "not JSON"),
         (b'{"a": Infinity}', "not JSON"),
+        (b'{"a": [1e308, 1e999]}', "1e999 is beyond the range of numbers"),
+        (b'{"a": -1E400}', "-1E400 is beyond the range of numbers"),
         (b'{"a": 1, "a": 1}', "same key twice"),
         (b'{"a": "\xe9"}', "not UTF-8"),
         (b'{"a":' * 50_000, "nested too deeply"),

@@ -217,6 +217,17 @@ BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
     "inpainting": ("unet/config.json", {"in_channels": 9}, "inpainting .* expected 4, found 9"),
     "output": ("unet/config.json", {"out_channels": 8}, "expected 4, found 8"),
     "context": ("unet/config.json", {"cross_attention_dim": 64}, "expected 48, found 64"),
+    "size of latents": (
+        "unet/config.json",
+        {"sample_size": 60},
+        r"unet/config.json \[sample_size\]: .*expected a multiple of 8, found 60",
+    ),
+    "sizes of latents": ("unet/config.json", {"sample_size": [100, 100]}, "a multiple of 8"),
+    "no RGB": (
+        "vae/config.json",
+        {"in_channels": 4, "out_channels": 4},
+        r"vae/config.json \[in_channels\]: .*expected 3, found 4",
+    ),
     "vocabulary": ("text_encoder/config.json", {"vocab_size": 526}, "expected 526 tokens"),
     "positions": ("text_encoder/config.json", {"max_position_embeddings": 64}, "found 77"),
     "spacing": (

@@ -70,6 +70,11 @@ def sd2_file(sd2_folder: Path) -> Path:
     return _save(sd2_tensors(sd2_folder), sd2_folder.parent / "model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def sd2_tokenizer(sd2_folder: Path) -> Path:
+    return sd2_folder / "tokenizer"
+
+
 def _assert_same(found: StableDiffusion, expected: StableDiffusion) -> None:
     assert found.unet == expected.unet
     assert found.vae == expected.vae
@@ -87,12 +92,15 @@ def test_sd1_is_bit_for_bit_the_folder(sd1_file: Path) -> None:
     assert (found.latent_size, found.folder) == (64, sd1_file)
 
 
-def test_sd2_is_bit_for_bit_the_folder(sd2_file: Path, sd2_folder: Path) -> None:
+def test_sd2_is_bit_for_bit_the_folder(
+    sd2_file: Path, sd2_folder: Path, sd2_tokenizer: Path
+) -> None:
     found = load_single_file(
-        sd2_file, tokenizer=TOKENIZER, prediction_type="v_prediction", place=np.asarray
+        sd2_file, tokenizer=sd2_tokenizer, prediction_type="v_prediction", place=np.asarray
     )
     expected = load_stable_diffusion(sd2_folder, place=np.asarray)
     _assert_same(found, expected)
+    assert found.tokenizer.special_ids == expected.tokenizer.special_ids == (523, 524, 0)
     assert found.latent_size == expected.latent_size == 96
 
 
@@ -195,6 +203,8 @@ def test_what_the_file_does_not_say_is_asked_for(sd1_file: Path, sd2_file: Path)
     with pytest.raises(InputError, match=r"differ, expected 48, found 64"):
         unet = VARIANTS["sd15"].unet.clone(context_dim=64)
         load_single_file(sd1_file, tokenizer=TOKENIZER, unet=unet, text_encoder=TEXT_SD1)
+    with pytest.raises(InputError, match=r"\[latent_size\]: .*a multiple of 8, found 60"):
+        load_single_file(sd1_file, tokenizer=TOKENIZER, text_encoder=TEXT_SD1, latent_size=60)
     with pytest.raises(InputError, match="expected a file, found a folder"):
         load_single_file(sd1_file.parent, tokenizer=TOKENIZER)
     with pytest.raises(InputError, match="pickle files can run any code"):
@@ -204,10 +214,30 @@ def test_what_the_file_does_not_say_is_asked_for(sd1_file: Path, sd2_file: Path)
         load_single_file(sd1_file, text_encoder=TEXT_SD1, **options)
 
 
-def test_faults_name_the_original_key(sd2_file: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_pads_as_its_text_encoder_was_trained(
+    sd1_file: Path, sd2_file: Path, sd2_tokenizer: Path
+) -> None:
+    with pytest.raises(InputError, match=r"\[--tokenizer\]: .* SD 2.x.*token 0 .*found token 524"):
+        load_single_file(sd2_file, tokenizer=TOKENIZER, prediction_type="epsilon")
+    with pytest.raises(
+        InputError, match=r"\[--tokenizer\]: .* SD 1.x.*token, 524, found token 0"
+    ) as error:
+        load_single_file(sd1_file, tokenizer=sd2_tokenizer, text_encoder=TEXT_SD1)
+    assert error.value.file == str(sd2_tokenizer)
+
+
+def test_a_vae_of_other_images_than_rgb_is_refused(sd2_file: Path, tmp_path: Path) -> None:
+    tensors = load_file(sd2_file)
+    key = "first_stage_model.encoder.conv_in.weight"
+    gray = _save(tensors | {key: tensors[key][:, :1]}, tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match=r"encoder.conv_in.weight\]: .*expected 3, found 1"):
+        load_single_file(gray, tokenizer=TOKENIZER, prediction_type="epsilon")
+
+
+def test_faults_name_the_original_key(sd2_file: Path, sd2_tokenizer: Path, tmp_path: Path) -> None:
     tensors = load_file(sd2_file)
     file = tmp_path / "m.safetensors"
-    options: dict[str, Any] = {"tokenizer": TOKENIZER, "prediction_type": "epsilon"}
+    options: dict[str, Any] = {"tokenizer": sd2_tokenizer, "prediction_type": "epsilon"}
     fused = "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight"
     part = {"parts": ["text_encoder"]}
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,15 +140,125 @@ def test_missing_files_are_named(folder: Path) -> None:
         ("merges.txt", b"#version: 0.2\nr e\n", "come of no merge: merges are truncated"),
         ("merges.txt", b"#version: 0.2\n", "come of no merge: merges are truncated"),
         ("merges.txt", b"#version: 0.2\nzzz qqq\n", "not a usable CLIP tokenizer"),
-        ("tokenizer_config.json", b"{", "not a usable CLIP tokenizer"),
-        ("tokenizer_config.json", b'{"model_max_length": 64}', "expected 77, found 64"),
-        ("tokenizer.json", b"{}", "not a usable CLIP tokenizer"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json: not JSON"),
+        (
+            "tokenizer_config.json",
+            b'{"added_tokens_decoder": {}, "pad_token": [3]}',
+            "not a usable CLIP tokenizer",
+        ),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": 3}', "not a usable CLIP tokenizer"),
+        ("special_tokens_map.json", b"[]", "special_tokens_map.json: not a JSON object"),
+        ("added_tokens.json", b"{", "added_tokens.json: not JSON"),
+        ("tokenizer.json", b"{}", "tokenizer.json .model.merges.: no list of merges"),
     ],
 )
 def test_malformed_files_are_refused(name: str, content: bytes, message: str, folder: Path) -> None:
     (folder / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         Tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        ("64", "expected 77, found 64"),
+        ('"77"', 'expected a number, found "77"'),
+        ("[77]", r"expected a number, found \[77\]"),
+        ("true", "expected a number, found true"),
+    ],
+)
+def test_a_length_that_is_not_the_text_encoders_is_refused(
+    length: str, message: str, folder: Path
+) -> None:
+    (folder / "tokenizer_config.json").write_text(f'{{"model_max_length": {length}}}')
+    with pytest.raises(
+        InputError, match=rf"tokenizer_config.json \[model_max_length\]: .*{message}"
+    ):
+        Tokenizer(folder)
+
+
+def _write_tokenizer_json(folder: Path, file: Path) -> dict[str, Any]:
+    """Write `folder`'s tokenizer.json, as transformers saves it, to `file`; return it."""
+    theirs = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    theirs.backend_tokenizer.save(str(file))
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_a_tokenizer_json_that_agrees_changes_nothing(folder: Path) -> None:
+    _write_tokenizer_json(folder, folder / "tokenizer.json")
+    ours = Tokenizer(folder, vocab_size=525)
+    assert ours.encode(PROMPTS)[0].tolist() == _theirs(MODEL / "tokenizer", PROMPTS).tolist()
+    assert "tokenizer.json" in ours.files
+
+
+def _truncate_merges(model: dict[str, Any]) -> None:
+    model["merges"] = model["merges"][:-3]
+
+
+def _swap_ids(model: dict[str, Any]) -> None:
+    a, b = list(model["vocab"])[300:302]
+    model["vocab"] |= {a: model["vocab"][b], b: model["vocab"][a]}
+
+
+@pytest.mark.parametrize(
+    ("edit", "key"), [(_truncate_merges, "model.merges"), (_swap_ids, "model.vocab")]
+)
+def test_a_tokenizer_json_that_contradicts_the_other_files_is_refused(
+    edit: Callable[[dict[str, Any]], None], key: str, folder: Path
+) -> None:
+    """transformers would take it, and never look at vocab.json and merges.txt."""
+    file = folder / "tokenizer.json"
+    content = _write_tokenizer_json(folder, file)
+    edit(content["model"])
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=rf"tokenizer.json \[{key}\]: .*contradicts"):
+        Tokenizer(folder, vocab_size=525)
+
+
+def test_no_file_that_a_config_names_is_read(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    content = _write_tokenizer_json(folder, tmp_path / "x/tokenizer.4.0.json")
+    _swap_ids(content["model"])
+    (tmp_path / "x/tokenizer.4.0.json").write_text(json.dumps(content))
+    named = ["../x/tokenizer.4.0.json"]
+    edit_json(folder / "tokenizer_config.json", fast_tokenizer_files=named)
+    with pytest.raises(InputError, match=r"tokenizer_config.json \[fast_tokenizer_files\]"):
+        Tokenizer(folder, vocab_size=525)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("key", ["vocab", "merges", "gguf_file", "init_inputs"])
+def test_no_tokens_are_taken_from_a_config(key: str, name: str, folder: Path) -> None:
+    edit_json(folder / name, **{key: {"a": 0}})
+    with pytest.raises(InputError, match=rf"{name} \[{key}\]: would replace"):
+        Tokenizer(folder, vocab_size=525)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.model", "tekken.json"])
+def test_other_files_in_the_folder_are_not_read(name: str, folder: Path) -> None:
+    (folder / name).write_bytes(b"\xff")
+    ours = Tokenizer(folder, vocab_size=525)
+    assert ours.encode(PROMPTS)[0].tolist() == _theirs(MODEL / "tokenizer", PROMPTS).tolist()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_added_tokens_are_those_of_transformers(alone: bool, folder: Path) -> None:
+    """A word that textual inversion has added, in the older files and in tokenizer.json alone."""
+    edit_json(folder / "tokenizer_config.json", added_tokens_decoder=...)
+    (folder / "added_tokens.json").write_text('{"<sks>": 525}')
+    prompts = ["a <sks> cube", *PROMPTS]
+    expected = _theirs(folder, prompts).tolist()
+    assert 525 in expected[0]
+    if alone:
+        theirs = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        folder = folder.parent / "new"
+        theirs.save_pretrained(folder)
+    ours = Tokenizer(folder, vocab_size=526)
+    assert ours.encode(prompts)[0].tolist() == expected
+    ours.save(folder.parent / "again")
+    assert (
+        Tokenizer(folder.parent / "again", vocab_size=526).encode(prompts)[0].tolist() == expected
+    )
 
 
 @pytest.mark.parametrize("vocab_size", [2, 524, 526, 49408])

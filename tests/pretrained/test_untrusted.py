@@ -254,6 +254,7 @@ DEEP = {
     "down_block_types": ["CrossAttnDownBlock2D"] * 8,
     "up_block_types": ["CrossAttnUpBlock2D"] * 8,
     "layers_per_block": 16,
+    "sample_size": 128,
 }
 LONG = {**DEEP, "block_out_channels": [32] * 8}
 VAE_DEEP = {
@@ -335,6 +336,7 @@ def test_hostile_configs_are_refused_before_the_network_is_made(fault: str, mode
         (b'{"x":' + b"[" * 60 + b"]" * 60 + b', "_class_name": "x"}', ""),
         (b'{"a": 1' + b" " * 2**20 + b"}", "too large, expected at most 1048576 bytes"),
         (b'{"a": 1, "a": 2}', "[a]: the same key twice"),
+        (b'{"_a": 1e999, "_class_name": "x"}', "1e999 is beyond the range of numbers"),
     ],
 )
 def test_configs_that_are_none(part: str, content: bytes, message: str, model: Path) -> None:

@@ -22,6 +22,7 @@ from tiue_jax.models.clip import CLIP
 from tiue_jax.models.taesd import AutoencoderTiny
 from tiue_jax.pretrained import configs
 from tiue_jax.pretrained.jsonfile import Fields, read_object
+from tiue_jax.pretrained.links import require_contained
 from tiue_jax.pretrained.names import DIFFUSERS
 from tiue_jax.pretrained.parameters import ParamFile, Params, to_device
 
@@ -104,9 +105,11 @@ def load_clip(
 
 
 def _config(folder: Path, expected: str) -> Fields:
+    """Return config.json of `folder`, the first of its files that is read."""
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "no such folder"
         raise InputError(what, file=folder, expected=f"the folder of {expected}")
+    require_contained(folder)
     path = folder / "config.json"
     return Fields(read_object(path), path)
 

@@ -184,6 +184,14 @@ def latent_size_from_config(config: Fields) -> int:
     return sides.pop()
 
 
+def latent_divisor(unet: UNet) -> int:
+    """Return what the side of the latents is a multiple of: `unet` halves it at all but one level.
+
+    On the way up each level doubles it again, and must meet the size of its skip connections.
+    """
+    return 1 << (len(unet.block_out_channels) - 1)
+
+
 def vae_from_config(config: Fields, **fields: Any) -> AutoencoderKL:
     """Return the VAE that `vae/config.json` (AutoencoderKL's) describes.
 
@@ -254,24 +262,6 @@ def taesd_from_config(config: Fields, **fields: Any) -> AutoencoderTiny:
         scaling_factor=config.number("scaling_factor", 1.0, 1e-6, 1e6),
         **fields,
     )
-
-
-def taesd_config(taesd: AutoencoderTiny) -> Json:
-    """Return the AutoencoderTiny config of `taesd`."""
-    levels = len(taesd.num_encoder_blocks)
-    return {
-        "_class_name": "AutoencoderTiny",
-        **{key: values[0] for key, values in _TAESD_ONLY.items()},
-        "block_out_channels": [taesd.decoder_channels] * levels,
-        "decoder_block_out_channels": [taesd.decoder_channels] * levels,
-        "encoder_block_out_channels": [taesd.encoder_channels] * levels,
-        "in_channels": taesd.in_channels,
-        "latent_channels": taesd.latent_channels,
-        "num_decoder_blocks": list(taesd.num_decoder_blocks),
-        "num_encoder_blocks": list(taesd.num_encoder_blocks),
-        "out_channels": taesd.in_channels,
-        "scaling_factor": taesd.scaling_factor,
-    }
 
 
 def text_encoder_from_config(config: Fields, **fields: Any) -> CLIPTextEncoder:

@@ -28,6 +28,7 @@ from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.pretrained import configs, scheduler
 from tiue_jax.pretrained.jsonfile import Fields, dump_object, read_object
+from tiue_jax.pretrained.links import require_contained
 from tiue_jax.pretrained.names import DIFFUSERS, FLAX, FORMS, Form
 from tiue_jax.pretrained.parameters import ParamFile, Params, to_device, write_params
 from tiue_jax.pretrained.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ from tiue_jax.pretrained.weights import FLOAT_NAMES
 
 PARTS = ("unet", "vae", "text_encoder")
 TRAINING_FILE = "training.json"
+RGB_CHANNELS = 3
 _LCM = "LatentConsistencyModelPipeline"
 PIPELINES = (
     "StableDiffusionPipeline",
@@ -128,10 +130,12 @@ def load_stable_diffusion(
             variant that there is where there are no plain ones.
 
     Raises:
-        InputError: files missing, truncated or malformed; settings that we do not implement; keys
-            missing, unexpected or misshapen; NaN or Inf in a weight.
+        InputError: files missing, truncated or malformed; links that lead out of the folder;
+            settings that we do not implement; keys missing, unexpected or misshapen; NaN or Inf in
+            a weight.
     """
     folder = Path(folder)
+    require_contained(folder, (*PARTS, "scheduler", "tokenizer"))
     _require_model(folder)
     fields = {part: _fields(folder, part, "config.json") for part in PARTS}
     fields["scheduler"] = _fields(folder, "scheduler", "scheduler_config.json")
@@ -323,6 +327,12 @@ def _require_fit(
     if unet.context_dim != text_encoder.hidden_size:
         what = "UNet does not take the text encoder's width"
         raise fields["unet"].refuse("cross_attention_dim", text_encoder.hidden_size, what)
+    divisor = configs.latent_divisor(unet)
+    if configs.latent_size_from_config(fields["unet"]) % divisor:
+        what = "UNet cannot halve its latents at every level"
+        raise fields["unet"].refuse("sample_size", f"a multiple of {divisor}", what)
+    if vae.in_channels != RGB_CHANNELS:
+        raise fields["vae"].refuse("in_channels", RGB_CHANNELS, "VAE is not one of RGB images")
 
 
 def _read_training(folder: Path) -> dict[str, Any] | None:

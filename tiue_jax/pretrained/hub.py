@@ -31,6 +31,7 @@ from huggingface_hub.errors import (
 from tiue_jax.io.errors import InputError, one_line
 from tiue_jax.io.files import StrPath
 from tiue_jax.pretrained.folder import require_pipeline
+from tiue_jax.pretrained.links import require_inside
 from tiue_jax.pretrained.names import DIFFUSERS, FLAX
 from tiue_jax.pretrained.weights import PICKLE_ENDINGS, WAY_OUT
 
@@ -217,12 +218,15 @@ def push_to_hub(
         exist_ok: add a commit to a repository that exists; by default it is refused.
 
     Raises:
-        InputError: `folder` holds no model; the hub cannot be reached, or refuses.
+        InputError: `folder` holds no model, or a link that leads out of it; the hub cannot be
+            reached, or refuses.
     """
     if not is_repo_id(repo_id):
         raise InputError("not a repository of the hub", file=repo_id, expected="OWNER/NAME")
     names = needed_files(_files_below(Path(folder)), None, folder)
     names += [name for name in CARD_FILES if (Path(folder) / name).is_file()]
+    for name in names:
+        require_inside(Path(folder) / name, Path(folder))
     api = HfApi(token=token)
 
     def create() -> str:

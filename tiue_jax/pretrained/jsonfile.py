@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import stat
 from collections import Counter
@@ -27,7 +28,8 @@ def parse_object(text: bytes, file: Path) -> dict[str, Any]:
     """Return the JSON object that is `text`, UTF-8.
 
     Raises:
-        InputError: it is not JSON, not an object, too deep or too long, or has a key twice or NaN.
+        InputError: it is not JSON, not an object, too deep or too long, or has a key twice or a
+            number that is not finite.
     """
     depth, values = _extent(text)
     if depth > MAX_DEPTH:
@@ -42,6 +44,7 @@ def parse_object(text: bytes, file: Path) -> dict[str, Any]:
                 found if len(found := dict(pairs)) == len(pairs) else _refuse_twice(pairs, file)
             ),
             parse_constant=_refuse_constant,
+            parse_float=_finite_float,
         )
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 text at byte {error.start}", file=file) from error
@@ -79,6 +82,14 @@ def _refuse_twice(pairs: list[tuple[str, Any]], file: Path) -> NoReturn:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite_float(text: str) -> float:
+    """Return the number; Python would take 1e999 for infinity, which no JSON file can hold."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{cut(text)} is beyond the range of numbers")
+    return number
 
 
 def cut(text: str) -> str:

@@ -36,6 +36,7 @@ from tiue_jax.io.errors import InputError
 from tiue_jax.io.files import StrPath, write_atomic
 from tiue_jax.pretrained.folder import StableDiffusion
 from tiue_jax.pretrained.jsonfile import Fields, parse_object
+from tiue_jax.pretrained.links import require_inside
 from tiue_jax.pretrained.names import (
     DIFFUSERS,
     ParamPath,
@@ -133,7 +134,10 @@ def open_lora(file: StrPath, shapes: Mapping[str, Mapping[ParamPath, Shape]]) ->
             given twice (lists them); settings of peft that we do not implement.
     """
     path = Path(file)
-    weights = open_weights(path / FILE_NAME if path.is_dir() else path)
+    if path.is_dir():
+        require_inside(path / FILE_NAME, path)
+        path /= FILE_NAME
+    weights = open_weights(path)
     layers = {spelled: layer for part in shapes for spelled, layer in _spell(part, shapes[part])}
     held: dict[Layer, dict[str, str]] = {}
     faults: dict[str, list[str]] = {"unknown": [], "given twice": []}

@@ -25,6 +25,7 @@ import numpy as np
 
 from tiue_jax.io.errors import InputError
 from tiue_jax.pretrained.jsonfile import Fields, cut, read_object, regular_file_size
+from tiue_jax.pretrained.links import is_inside
 from tiue_jax.pretrained.weights import PICKLE_ENDINGS, WAY_OUT, WeightFile, open_weights
 
 MAX_INDEX_BYTES = 16 << 20
@@ -169,11 +170,7 @@ def _open_index(index: Path) -> Weights:
 
 
 def _shard_path(index: Path, key: str, name: str) -> Path:
-    """Return the path of the shard `name` if that is a plain name and no link leads out of reach.
-
-    The cache of the Hugging Face hub keeps `snapshots/REVISION/...` as links into its `blobs/`:
-    these are followed. Any other link that leaves the folder is refused.
-    """
+    """Return the path of the shard `name` if that is a plain name and no link leads elsewhere."""
     refuse = functools.partial(_entry_error, index, key, found=repr(name))
     if name.endswith(PICKLE_ENDINGS):
         raise refuse(WAY_OUT, "a name that ends with .safetensors")
@@ -183,18 +180,12 @@ def _shard_path(index: Path, key: str, name: str) -> Path:
         raise refuse("not a safetensors file", "a name that ends with .safetensors")
     path = index.parent / name
     try:
-        target, home = path.resolve(), index.parent.resolve()
+        inside = is_inside(path, index.parent)
     except (OSError, RuntimeError) as error:  # a loop of links
         raise refuse("file name cannot be resolved", "a file") from error
-    if not target.is_relative_to(home) and target.parent not in _blob_folders(home):
+    if not inside:
         raise refuse("file name leads out of its folder through a link", "a file of this folder")
     return path
-
-
-def _blob_folders(folder: Path) -> list[Path]:
-    """Return the `blobs` beside a `snapshots` that holds `folder`, which is resolved."""
-    tops = (parent.parent for parent in folder.parents if parent.name == "snapshots")
-    return [top / "blobs" for top in tops if (top / "blobs").is_dir()]
 
 
 def _check_total_size(fields: Fields, on_disk: int) -> None:

@@ -24,10 +24,11 @@ from tiue_jax.io.files import StrPath
 from tiue_jax.models.clip import CLIPTextEncoder
 from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL
-from tiue_jax.pretrained.configs import MAX_CHANNELS
-from tiue_jax.pretrained.folder import PARTS, StableDiffusion
+from tiue_jax.pretrained.configs import MAX_CHANNELS, latent_divisor
+from tiue_jax.pretrained.folder import PARTS, RGB_CHANNELS, StableDiffusion
 from tiue_jax.pretrained.jsonfile import cut
 from tiue_jax.pretrained.ldm import TEXT, UNET, VAE, ldm_form, split_fused
+from tiue_jax.pretrained.links import require_contained
 from tiue_jax.pretrained.parameters import ParamFile, to_device
 from tiue_jax.pretrained.shards import Weights
 from tiue_jax.pretrained.tokenizer import Tokenizer
@@ -81,7 +82,8 @@ def load_single_file(
 
     Args:
         file: the original layout; a moving average in it (`model_ema`) is passed over.
-        tokenizer: a folder as `tokenizer/` of a diffusers folder: the file has none.
+        tokenizer: a folder as `tokenizer/` of a diffusers folder: the file has none. It has to be
+            of the same family: SD 1.x pads with the end token, SD 2.x with another.
         prediction_type: "epsilon" or "v_prediction". Needed for SD 2.x, whose files do not say; for
             SD 1.x None is epsilon.
         latent_size: side of the latents that the UNet was trained on. None: 96 for SD 2.x that
@@ -96,6 +98,7 @@ def load_single_file(
     """
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type {prediction_type!r}: choose from {PREDICTION_TYPES}")
+    require_contained(Path(tokenizer))
     opened = open_weights(Path(file))
     found = _Contents(replace(opened, entries=split_fused(opened.entries)))
     openclip = _require_model(found)
@@ -109,17 +112,17 @@ def load_single_file(
     vae = vae or _detect_vae(found)
     unet = unet or _detect_unet(found, openclip)
     text_encoder = text_encoder or _detect_text_encoder(found, openclip)
-    _require_fit(found, unet, vae, text_encoder)
+    if latent_size is None:
+        latent_size = 96 if openclip and prediction_type == "v_prediction" else 64
+    _require_fit(found, unet, vae, text_encoder, latent_size)
     loaded = StableDiffusion(
         unet=unet.clone(dtype=dtype),
         vae=vae.clone(dtype=dtype),
         text_encoder=text_encoder.clone(dtype=dtype),
         params={},
-        tokenizer=Tokenizer(
-            tokenizer, vocab_size=text_encoder.vocab_size, max_length=text_encoder.max_length
-        ),
+        tokenizer=_open_tokenizer(tokenizer, text_encoder, openclip),
         schedule=make_schedule(prediction_type=prediction_type or "epsilon"),
-        latent_size=latent_size or (96 if prediction_type == "v_prediction" and openclip else 64),
+        latent_size=latent_size,
         folder=Path(file),
     )
     forms = ldm_form(unet, vae, text_encoder, openclip)
@@ -130,6 +133,27 @@ def load_single_file(
     for part, weights in files.items():  # every part has been checked before the first is read
         loaded.params[part] = weights.read(param_dtype, place)
     return loaded
+
+
+def _open_tokenizer(folder: StrPath, text_encoder: CLIPTextEncoder, openclip: bool) -> Tokenizer:
+    """Return the tokenizer in `folder`; it has to pad as the text encoder's training did.
+
+    Both families have the same vocabulary. SD 1.x pads with the end token, SD 2.x with "!".
+    """
+    found = Tokenizer(
+        folder, vocab_size=text_encoder.vocab_size, max_length=text_encoder.max_length
+    )
+    _, end, pad = found.special_ids
+    if (pad == end) == openclip:
+        kind, token = ("SD 2.x", "token 0 (!)") if openclip else ("SD 1.x", f"the end token, {end}")
+        raise InputError(
+            f"the model is an {kind}, whose tokenizer pads with another token",
+            file=folder,
+            key="--tokenizer",
+            expected=token,
+            found=f"token {pad}",
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -316,9 +340,13 @@ def _require_multiples(found: _Contents, key: str, channels: Iterable[int], divi
 
 
 def _require_fit(
-    found: _Contents, unet: UNet, vae: AutoencoderKL, text_encoder: CLIPTextEncoder
+    found: _Contents,
+    unet: UNet,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextEncoder,
+    latent_size: int,
 ) -> None:
-    """Hold the three networks' sizes against each other."""
+    """Hold the three networks' sizes, and that of the latents, against each other."""
     pairs = {
         "UNet's input and the VAE's latents": (unet.in_channels, vae.latent_channels),
         "UNet's output and the VAE's latents": (unet.out_channels, vae.latent_channels),
@@ -330,3 +358,20 @@ def _require_fit(
     for what, (one, other) in pairs.items():
         if one != other:
             raise InputError(f"{what} differ", file=found.file.path, expected=other, found=one)
+    if vae.in_channels != RGB_CHANNELS:
+        key = f"{VAE}encoder.conv_in.weight"
+        raise InputError(
+            "VAE is not one of RGB images",
+            file=found.file.path,
+            key=key,
+            expected=RGB_CHANNELS,
+            found=vae.in_channels,
+        )
+    if latent_size % latent_divisor(unet):
+        raise InputError(
+            "UNet cannot halve its latents at every level",
+            file=found.file.path,
+            key="latent_size",
+            expected=f"a multiple of {latent_divisor(unet)}",
+            found=latent_size,
+        )

@@ -2,7 +2,8 @@
 
 transformers 5 makes a vocabulary of two tokens where it finds no files, and says nothing: every
 prompt would become the same ids. So the files are required, checked against each other, and the
-result against the text encoder.
+result against the text encoder. It also takes tokenizer.json before vocab.json and merges.txt, and
+reads what a config names: it gets what has been checked, in a folder of its own, and nothing else.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from transformers import CLIPTokenizer
 
 from tiue_jax.io.errors import InputError
 from tiue_jax.io.files import StrPath
-from tiue_jax.pretrained.jsonfile import dump_object, parse_object, regular_file_size
+from tiue_jax.pretrained.jsonfile import Fields, dump_object, parse_object, regular_file_size
 
 MAX_FILE_BYTES = 32 << 20  # CLIP's largest file, tokenizer.json, has 3.6 MB
 _FILES = (
@@ -31,6 +33,25 @@ _FILES = (
     "added_tokens.json",
 )
 _END = "</w>"  # of a token that ends a word
+# The settings that ids depend on, by the file that may hold them.
+_SPECIAL_TOKENS = (
+    *(f"{name}_token" for name in ("bos", "cls", "eos", "mask", "pad", "sep", "unk")),
+    "additional_special_tokens",
+    "extra_special_tokens",
+)
+_SETTINGS = {
+    "tokenizer_config.json": (
+        *_SPECIAL_TOKENS,
+        "added_tokens_decoder",
+        "model_max_length",
+        "split_special_tokens",
+    ),
+    "special_tokens_map.json": _SPECIAL_TOKENS,
+}
+# Settings with which transformers would take tokens from elsewhere.
+_REPLACING = ("fast_tokenizer_files", "gguf_file", "init_inputs", "merges", "vocab")
+
+Merges = list[tuple[str, str]]
 
 
 class Tokenizer:
@@ -60,16 +81,11 @@ class Tokenizer:
         self.files = _read_files(folder)
         self.max_length = max_length
         vocab, merges = _vocab_and_merges(self.files, folder)
-        try:
-            self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # of the Rust library too, which has no class for its own
-            raise InputError(f"not a usable CLIP tokenizer: {error}", file=folder) from error
+        self._tokenizer = _clip_tokenizer(self.files, vocab, merges, folder)
         self.vocab_size = len(self._tokenizer)
         self._check(folder, vocab, merges, vocab_size)
         if "vocab.json" not in self.files:  # older readers, the authors' code among them, want both
-            self.files["vocab.json"] = json.dumps(vocab, ensure_ascii=False).encode()
-            lines = "".join(f"{a} {b}\n" for a, b in merges)
-            self.files["merges.txt"] = f"#version: 0.2\n{lines}".encode()
+            self.files |= _vocabulary_files(vocab, merges)
         if "tokenizer_config.json" not in self.files:
             config = {"model_max_length": max_length, "tokenizer_class": "CLIPTokenizer"}
             self.files["tokenizer_config.json"] = dump_object(config).encode()
@@ -179,36 +195,104 @@ def _read_files(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def _vocab_and_merges(
-    files: Mapping[str, bytes], folder: Path
-) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return the vocabulary and the merges, of vocab.json and merges.txt or of tokenizer.json."""
+def _clip_tokenizer(
+    files: Mapping[str, bytes], vocab: Mapping[str, int], merges: Merges, folder: Path
+) -> CLIPTokenizer:
+    """Return transformers' tokenizer of `files`, and of no other file of `folder`."""
+    given = _vocabulary_files(vocab, merges)
+    if "tokenizer.json" in files:  # which goes first: it has been held against the others
+        given["tokenizer.json"] = files["tokenizer.json"]
+    for name in (*_SETTINGS, "added_tokens.json"):
+        if name in files:
+            fields = _settings(parse_object(files[name], folder / name), folder / name)
+            given[name] = json.dumps(fields).encode()
+    with TemporaryDirectory() as checked:
+        for name, content in given.items():
+            (Path(checked) / name).write_bytes(content)
+        try:
+            return CLIPTokenizer.from_pretrained(checked, local_files_only=True)
+        except Exception as error:  # of the Rust library too, which has no class for its own
+            raise InputError(f"not a usable CLIP tokenizer: {error}", file=folder) from error
+
+
+def _vocabulary_files(vocab: Mapping[str, int], merges: Merges) -> dict[str, bytes]:
+    """Return vocab.json and merges.txt."""
+    lines = "".join(f"{a} {b}\n" for a, b in merges)
+    return {
+        "vocab.json": json.dumps(vocab, ensure_ascii=False).encode(),
+        "merges.txt": f"#version: 0.2\n{lines}".encode(),
+    }
+
+
+def _settings(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return the settings in `file` that ids depend on; all of added_tokens.json, which has none.
+
+    Raises:
+        InputError: a setting that would replace the vocabulary, or a length that is no number.
+    """
+    if file.name not in _SETTINGS:
+        return dict(values)
+    for key in _REPLACING:
+        if values.get(key):
+            raise InputError("would replace the vocabulary in this folder", file=file, key=key)
+    length = values.get("model_max_length")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int | float)):
+        raise Fields(values, file).refuse("model_max_length", "a number")
+    return {key: values[key] for key in _SETTINGS[file.name] if key in values}
+
+
+def _vocab_and_merges(files: Mapping[str, bytes], folder: Path) -> tuple[dict[str, int], Merges]:
+    """Return the vocabulary and the merges, of vocab.json and merges.txt or of tokenizer.json.
+
+    Raises:
+        InputError: they are malformed, or there are both and they contradict each other.
+    """
+    older = newer = None
     if "vocab.json" in files:
-        path = folder / "vocab.json"
-        vocab: Any = parse_object(files["vocab.json"], path)
-        merges: Any = _merge_lines(files["merges.txt"], folder / "merges.txt")
-    else:
-        path = folder / "tokenizer.json"
-        model = parse_object(files["tokenizer.json"], path).get("model")
-        model = model if isinstance(model, dict) else {}
-        vocab, merges = model.get("vocab"), model.get("merges")
-        if not isinstance(merges, list):
-            raise InputError("no list of merges", file=path, key="model.merges")
-        merges = [m.split(" ") if isinstance(m, str) else m for m in merges]
-    if not isinstance(vocab, dict) or not vocab:
-        raise InputError("no vocabulary", file=path)
-    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in vocab.values()):
-        raise InputError("vocabulary is not a map of tokens to ids", file=path)
-    if len(set(vocab.values())) != len(vocab):
-        raise InputError("two tokens with the same id", file=path)
+        file = folder / "vocab.json"
+        vocab = _check_vocab(parse_object(files["vocab.json"], file), file)
+        older = vocab, _merge_lines(files["merges.txt"], folder / "merges.txt")
+    if "tokenizer.json" in files:
+        file = folder / "tokenizer.json"
+        newer = _read_tokenizer_json(files["tokenizer.json"], file)
+        if older and newer[0] != older[0]:
+            raise InputError("contradicts vocab.json", file=file, key="model.vocab")
+        if older and newer[1] != older[1]:
+            raise InputError("contradicts merges.txt", file=file, key="model.merges")
+    found = older or newer
+    assert found is not None
+    return found
+
+
+def _read_tokenizer_json(content: bytes, file: Path) -> tuple[dict[str, int], Merges]:
+    """Return the vocabulary and the merges of tokenizer.json."""
+    model = parse_object(content, file).get("model")
+    model = model if isinstance(model, dict) else {}
+    merges = model.get("merges")
+    if not isinstance(merges, list):
+        raise InputError("no list of merges", file=file, key="model.merges")
+    pairs: Merges = []
     for merge in merges:
-        right = isinstance(merge, list | tuple) and len(merge) == 2
-        if not right or not all(isinstance(half, str) for half in merge):
-            raise InputError("not a pair of tokens", file=path, found=repr(merge)[:80])
-    return vocab, [(a, b) for a, b in merges]
+        halves = merge.split(" ") if isinstance(merge, str) else merge
+        right = isinstance(halves, list) and len(halves) == 2
+        if not right or not all(isinstance(half, str) for half in halves):
+            raise InputError("not a pair of tokens", file=file, found=repr(merge)[:80])
+        pairs.append((halves[0], halves[1]))
+    return _check_vocab(model.get("vocab"), file), pairs
 
 
-def _merge_lines(content: bytes, path: Path) -> list[tuple[str, str]]:
+def _check_vocab(vocab: object, file: Path) -> dict[str, int]:
+    """Return `vocab`; raise InputError unless it gives every token an id of its own."""
+    if not isinstance(vocab, dict) or not vocab:
+        raise InputError("no vocabulary", file=file)
+    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in vocab.values()):
+        raise InputError("vocabulary is not a map of tokens to ids", file=file)
+    if len(set(vocab.values())) != len(vocab):
+        raise InputError("two tokens with the same id", file=file)
+    return vocab
+
+
+def _merge_lines(content: bytes, path: Path) -> Merges:
     """Return the pairs of merges.txt: a version line, then two tokens a line."""
     try:
         lines = content.decode("utf-8").split("\n")
