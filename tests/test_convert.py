@@ -151,7 +151,9 @@ def test_a_single_file_becomes_a_folder(
     args = (f"--input={file}", f"--output={tmp_path / 'out'}", "--prediction_type=v_prediction")
     done = convert(*args)
     assert done.code == 2 and "a single file holds no tokenizer" in done.err
-    done = convert(*args, f"--tokenizer={model}")
+    done = convert(*args, f"--tokenizer={model}")  # an SD 1.x's
+    assert done.code == 2 and "tokenizer [--tokenizer]: the model is an SD 2.x" in done.err
+    done = convert(*args, f"--tokenizer={folder}")
     assert (done.code, done.err) == (0, "")
     ours, theirs = (
         load_stable_diffusion(path, param_dtype=None, place=np.asarray)
@@ -193,6 +195,23 @@ def test_the_student_of_a_run_is_exported(
     assert convert(*args, f"--teacher={moved}").code == 0
     raw = load_stable_diffusion(tmp_path / "raw", parts=("unet",), place=np.asarray)
     assert bits(raw.params["unet"]) == bits(trees["student"])
+
+
+def test_a_student_is_not_exported_with_another_teacher(
+    convert: Callable[..., Done], model: Path, tmp_path: Path
+) -> None:
+    """One of the same shapes that predicts v, as 2.1 beside 2.1-base."""
+    make_workdir(tmp_path / "run", model)
+    other = copy_model(tmp_path / "other")
+    edit_json(other / "scheduler/scheduler_config.json", prediction_type="v_prediction")
+    args = (f"--input={tmp_path / 'run'}", f"--output={tmp_path / 'out'}", f"--teacher={other}")
+    done = convert(*args)
+    said = f"error: {other} [--teacher]: is not the teacher of this run: another schedule, expected"
+    assert done.code == 2 and done.err.startswith(said) and done.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    file = tmp_path / "run" / "run.json"  # of an older version, next
+    file.write_text(json.dumps({"config": json.loads(file.read_text())["config"]}))
+    assert convert(*args).code == 0
 
 
 def _truncate(file: Path, size: int) -> None:

@@ -115,6 +115,18 @@ CASES: dict[str, tuple[list[str], str]] = {
         [TINY, "--workdir=W", "--config.log.validation_prompts=('\udcff',)"],
         "error: [log.validation_prompts]: not UTF-8 text",
     ),
+    "prompt file of other bytes": (
+        [TINY, "--workdir=W", "--config.data.source=p\udcff.txt"],
+        "error: [data.source]: not UTF-8 text, expected UTF-8, found '\\udcff' at character 2",
+    ),
+    "no batch size": (
+        ["--config=F/none.py", "--workdir=W"],
+        "error: [train.batch_size]: not usable, expected a whole number, found None",
+    ),
+    "a convolution's LoRA": (
+        [TINY, "--workdir=W", "--config.lora.targets=('conv1',)"],
+        "error: [lora]: LoRA targets ['conv1']: convolutions; choose dense layers",
+    ),
     "NaN in the teacher": (
         [TINY, "--workdir=W", "--config.data.source=P", "--config.teacher=F/teacher"],
         f"error: F/teacher/{WEIGHTS['unet']} [conv_in.bias]: 1 of 32 values are not finite",
@@ -134,6 +146,10 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
     prompts = folder / "prompts.txt"
     prompts.write_text("a cat\n")
     (folder / "dict.py").write_text("def get_config():\n    return {'teacher': 'x'}\n")
+    (folder / "none.py").write_text(
+        "from configs import tiny\ndef get_config():\n    config = tiny.get_config()\n"
+        "    config.train.batch_size = None\n    return config\n"
+    )
     (folder / "broken.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": \n')
     (folder / "half.jsonl").write_text(r'{"prompt": "a \ud800"}')
     (folder / "latin.txt").write_bytes(b"a cat\ncaf\xe9\n")

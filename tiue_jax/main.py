@@ -12,10 +12,13 @@ that a run that goes on compiles nothing; unless JAX_COMPILATION_CACHE_DIR names
 and at the end student/: an ordinary diffusers folder, for
 `python -m tiue_jax.sample --model=WORKDIR/student`.
 
-The same command again resumes the run bit for bit. A config, teacher or prompts that have changed
-are refused; log, checkpoint and mesh may change, and train.iterations where the learning rate is
-constant. SIGTERM and Ctrl-C save first (exit code 75); a second one does not wait. A loss or weight
-that is not finite ends the run (exit code 1) and is not saved.
+The same command again resumes the run bit for bit, or begins again where nothing was saved yet. A
+config, teacher or prompts that have changed are refused. What may change: where teacher, prompts,
+student.start, clip.model and clip.taesd are found, but not what they hold (data.field and
+data.deduplicate likewise); train.remat; log, checkpoint and mesh; train.iterations where the
+learning rate is constant; train.accumulate where there is no CLIP term. SIGTERM and Ctrl-C save
+first (exit code 75); a second one does not wait. A loss or weight that is not finite is not saved
+and ends the run (exit code 1), as does a device with too little memory.
 
 On many hosts the same command runs on each, with one workdir that all share, and --multihost on TPU
 pods and where SLURM, Kubernetes or Open MPI started it; elsewhere with, on host I of N,

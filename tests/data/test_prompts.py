@@ -1,6 +1,8 @@
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -104,13 +106,16 @@ def test_broken_json_line_is_refused_with_its_line(tmp_path: Path):
     assert str(refused(source)).startswith(f"{source}:2: broken JSON: ")
 
 
+MISSING = "field is missing, expected what data.field names (empty: the usual field), found"
+
+
 @pytest.mark.parametrize(
     ("line", "field", "said"),
     [
-        ('{"text": "a"}', "", "[prompt]: field is missing, found the fields text"),
-        ("{}", "caption", "[caption]: field is missing, found no fields"),
-        ('["a"]', "", "[prompt]: field is missing, found list where 'prompt' should be"),
-        ('{"Task2": "x"}', "Task2.Caption", "[Task2.Caption]: field is missing, found str where"),
+        ('{"text": "a"}', "", f"[prompt]: {MISSING} the fields text"),
+        ("{}", "caption", f"[caption]: {MISSING} no fields"),
+        ('["a"]', "", f"[prompt]: {MISSING} list where 'prompt' should be"),
+        ('{"Task2": "x"}', "Task2.Caption", f"[Task2.Caption]: {MISSING} str where"),
         ('{"prompt": null}', "", "[prompt]: field is not text, expected text, found NoneType"),
         ('{"prompt": ["a", 3]}', "", "[prompt]: field is not text, expected text, found int 3"),
     ],
@@ -186,6 +191,27 @@ def test_tfds_by_name_and_what_it_refuses(data_dir: Path, monkeypatch: pytest.Mo
         assert said in str(refused(f"tfds:captions:train:{field}"))
     said = "[latin of example 0]: not UTF-8 text, expected UTF-8, found byte 0xe9 at column 4"
     assert said in str(refused("tfds:captions:train:latin"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda shard: shard.unlink(), "No such file or directory"),
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:1000]), "at least 64KB"),
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:-100]), "Corrupted"),
+    ],
+    ids=["deleted", "cut short", "without its end"],
+)
+@pytest.mark.filterwarnings("ignore")  # of tfds' dependencies
+def test_a_shard_that_is_not_whole_is_refused(
+    data_dir: Path, tmp_path: Path, spoil: Callable[[Path], object], said: str
+):
+    folder = Path(shutil.copytree(data_dir / "captions" / "1.0.0", tmp_path / "1.0.0"))
+    (shard,) = folder.glob("captions-train.*")
+    spoil(shard)
+    error = str(refused(f"tfds:{folder}"))
+    assert error.startswith(f"tfds:{folder} [example 0]: cannot be read: ")
+    assert said in error
 
 
 @pytest.mark.filterwarnings("ignore")  # of tfds' dependencies

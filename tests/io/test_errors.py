@@ -115,6 +115,20 @@ def test_our_own_mistakes_keep_their_traceback(run) -> None:
     assert "Traceback" in done.stderr and "numbers" in done.stderr
 
 
+def test_a_device_without_memory_is_a_line_that_says_what_helps(run) -> None:
+    done = run("import jax, jax.numpy as jnp; jax.jit(lambda: jnp.ones(2**44))()")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: a device has too little memory: Out of memory allocating")
+    train = ("train.accumulate", "train.remat", "train.batch_size", "mesh.fsdp")
+    for option in ("--batch_size", *train):
+        assert option in done.stderr
+
+
+def test_other_errors_of_a_device_keep_their_traceback(run) -> None:
+    done = run("import jax; raise jax.errors.JaxRuntimeError('INTERNAL: no program')")
+    assert "Traceback" in done.stderr and "INTERNAL: no program" in done.stderr
+
+
 def test_what_callbacks_raise_is_told_once_in_a_line(run) -> None:
     """As tensorstore's threads do after a failed write: `__del__` can raise to nobody either."""
     body = (
@@ -189,6 +203,23 @@ def test_a_broken_config_file_is_named_with_its_line(
 def test_a_file_name_that_is_not_text_can_be_printed(run) -> None:
     done = run(r"print('wrote \udcff')")
     assert (done.returncode, done.stdout, done.stderr) == (0, "running \nwrote \\udcff\n", "")
+
+
+def test_a_reader_that_has_gone_is_told_of_in_one_line(tmp_path: Path) -> None:
+    """As of `| head -1`."""
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND.replace("{body}", "for i in range(10**6): print(i)"))
+    read, write = os.pipe()
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+    ) as process:  # fmt: skip
+        os.close(write)
+        os.read(read, 1)
+        os.close(read)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (1, "error: Broken pipe\n")
 
 
 def test_config_overrides_reach_the_config(run) -> None:

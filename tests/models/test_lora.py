@@ -136,6 +136,7 @@ def test_size_at_full_scale():
     [
         (0, ("to_q",), "LoRA rank 0: expected at least 1"),
         (4, ("to_q", "to_z"), r"LoRA targets \['to_z'\]: no such layer"),
+        (4, ("to_q", "conv1"), r"LoRA targets \['conv1'\]: convolutions; choose dense layers"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused(params, rank: int, targets: tuple, message: str):

@@ -16,6 +16,7 @@ from tiue_jax.data.pipeline import make_batches
 from tiue_jax.data.prompts import Prompts
 from tiue_jax.pretrained.folder import load_stable_diffusion
 from tiue_jax.training.checkpoint import Checkpoints
+from tiue_jax.training.digests import digest_rest
 from tiue_jax.training.workdir import write_run
 
 
@@ -28,7 +29,8 @@ class State:
 
 def make_workdir(folder: Path, teacher: Path) -> dict[str, Any]:
     """A run with one checkpoint of the reference model's UNet, student and EMA each changed."""
-    params = load_stable_diffusion(MODEL, parts=("unet",), place=np.asarray).params["unet"]
+    sd = load_stable_diffusion(MODEL, dtype=jnp.dtype("float32"), place=np.asarray)
+    params = sd.params["unet"]
     trees = {
         name: jax.tree.map(lambda x, f=factor: np.ascontiguousarray(x * np.float32(f)), params)
         for name, factor in (("student", 1.5), ("ema", 0.75))
@@ -57,5 +59,6 @@ def make_workdir(folder: Path, teacher: Path) -> dict[str, Any]:
     checkpoints = Checkpoints(folder, keep=1)
     checkpoints.save(1, state, {"config": config}, batches)
     checkpoints.close()
-    write_run(folder, {"config": config})
+    digests = digest_rest(sd, sd.params["text_encoder"])
+    write_run(folder, {"config": config, "teacher": digests})
     return trees

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from tests.pretrained.folders import MODEL
-from tests.training.tiny_run import PROMPTS, make_config, make_prompts, make_teacher
-from tests.training.toy_step import ToyStep, put_in_toy, use_devices
+from tests.training.tiny_run import PROMPTS, make_prompts, make_teacher
+from tests.training.toy_step import ToyStep, assert_same, logged, steps_of, use_devices
 from tiue_jax.io.errors import InputError, Preempted, RunError
 from tiue_jax.pretrained.folder import load_stable_diffusion
 from tiue_jax.training import loop, setup, summaries
@@ -25,63 +23,6 @@ from tiue_jax.training.checkpoint import Checkpoints, restore_params
 from tiue_jax.training.loop import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> ToyStep:
-    """Put the toy step in, without Adam's moments, on the first of the suite's devices."""
-    return put_in_toy(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a teacher, prompts, and a finished run of four steps."""
-    folder = tmp_path_factory.mktemp("done")
-    make_teacher(folder / "teacher")
-    make_prompts(folder / "prompts.txt")
-    with pytest.MonkeyPatch.context() as patch:
-        put_in_toy(patch)
-        train(configure(folder), folder / "run")
-    return folder
-
-
-def configure(folder: Path) -> ConfigDict:
-    config = make_config(folder / "teacher", folder / "prompts.txt")
-    config.train.iterations = 4
-    config.checkpoint.every = 2
-    config.log.summary_every = 0
-    return config
-
-
-@pytest.fixture
-def config(done: Path, toy: ToyStep) -> ConfigDict:
-    return configure(done)
-
-
-@pytest.fixture
-def workdir(tmp_path: Path) -> Path:
-    """Of a new run."""
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def finished(done: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run."""
-    return Path(shutil.copytree(done / "run", tmp_path / "finished"))
-
-
-def logged(workdir: Path) -> list[dict[str, float]]:
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if "time/" not in k} for line in lines]
-
-
-def assert_same(a: Any, b: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def steps_of(workdir: Path) -> list[int]:
-    folder = workdir / "checkpoints"
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
 def test_the_student_may_start_elsewhere_than_at_its_teacher(config, done: Path, workdir: Path):
@@ -143,7 +84,10 @@ def test_a_run_leaves_metrics_checkpoints_and_a_student(config, done: Path):
     assert json.loads((workdir / "student" / "training.json").read_text())["step"] == 4
 
 
-def test_the_same_command_again_does_nothing(config, finished: Path, capfd):
+def test_the_same_command_again_does_nothing(config, finished: Path, capfd, monkeypatch):
+    """Nor does a newer version of the code, or another log: the student stays what it was."""
+    monkeypatch.setattr(setup, "code_version", lambda: {"source": "newer"})
+    config.log.every = 3
     before = {p: p.stat().st_mtime_ns for p in (finished / "student").rglob("*")}
     metrics = (finished / "metrics.jsonl").read_bytes()
     train(config, finished)
@@ -246,6 +190,21 @@ def test_signal_saves_and_the_same_command_goes_on(
         assert_same(restore_params(workdir)[1], restore_params(done / "run")[1])
 
 
+def test_what_was_not_logged_yet_is_logged_when_told_to_stop(
+    config, workdir: Path, done: Path, monkeypatch
+):
+    config.log.every = 50
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, signal.SIGTERM)
+        with pytest.raises(Preempted, match="saved step 3"):
+            train(config, workdir)
+    train(config, workdir)
+    assert [line["step"] for line in logged(workdir)] == [3, 4]
+    each = [line["loss/vsd"] for line in logged(done / "run")]
+    assert logged(workdir)[0]["loss/vsd"] == pytest.approx(np.mean(each[:3]))
+    assert logged(workdir)[1]["loss/vsd"] == each[3]
+
+
 def test_a_kill_leaves_half_a_line_and_it_is_dropped(config, finished: Path):
     whole = (finished / "metrics.jsonl").read_text()
     (finished / "metrics.jsonl").write_text(whole + '{"step": 5, "loss/vsd": 1}\n{"step": 6, "lo')
@@ -253,73 +212,6 @@ def test_a_kill_leaves_half_a_line_and_it_is_dropped(config, finished: Path):
     train(config, finished)
     assert [line["step"] for line in logged(finished)] == [1, 2, 3, 4, 5]
     assert "loss/kl" in logged(finished)[-1]
-
-
-# --- what a resume refuses ----------------------------------------------------------------------
-
-
-def refused(config: ConfigDict, workdir: Path) -> str:
-    kept = steps_of(workdir)
-    with pytest.raises(InputError) as caught:
-        train(config, workdir)
-    assert steps_of(workdir) == kept
-    return str(caught.value)
-
-
-def test_changed_config_is_refused_with_every_difference(config, finished: Path):
-    config.train.student_lr = 2e-4
-    config.lora.alpha = 3.0
-    said = refused(config, finished)
-    assert "lora.alpha was 2.0, is 3.0; train.student_lr was 0.0001, is 0.0002" in said
-
-
-def test_changed_prompts_are_refused_and_moved_ones_are_not(config, finished: Path, tmp_path: Path):
-    moved = make_prompts(tmp_path / "moved.txt")
-    config.data.source = str(moved)
-    train(config, finished)
-    make_prompts(moved, (*PROMPTS, "a green idea"))
-    assert "prompts: count was 9, is 10; prompts: sha256 was" in refused(config, finished)
-
-
-def test_changed_teacher_is_refused_and_a_moved_one_is_not(config, finished: Path, tmp_path: Path):
-    config.teacher = str(shutil.copytree(config.teacher, tmp_path / "moved"))
-    train(config, finished)
-    config.teacher = str(make_teacher(tmp_path / "another", seed=1))
-    said = refused(config, finished)
-    assert "teacher: unet was" in said
-    assert "teacher: text_encoder was" in said
-    assert "teacher: tokenizer was" not in said
-
-
-@pytest.mark.parametrize("part", ["vae", "tokenizer"])
-def test_a_change_of_one_part_of_the_teacher_is_refused(
-    config, finished: Path, tmp_path: Path, part: str
-):
-    teacher = Path(shutil.copytree(config.teacher, tmp_path / "moved"))
-    if part == "vae":
-        shutil.copytree(make_teacher(tmp_path / "other", seed=1) / part, teacher / part,
-                        dirs_exist_ok=True)  # fmt: skip
-    else:  # two words that no prompt has
-        vocab = json.loads((teacher / part / "vocab.json").read_text())
-        first, second = sorted(vocab)[-2:]
-        vocab[first], vocab[second] = vocab[second], vocab[first]
-        for file in (teacher / part).glob("tokenizer.json"):
-            file.unlink()
-        (teacher / part / "vocab.json").write_text(json.dumps(vocab))
-    config.teacher = str(teacher)
-    said = refused(config, finished)
-    assert f"teacher: {part} was" in said
-    assert said.count(", is ") == 1
-
-
-def test_what_only_shows_or_places_may_change(config, finished: Path, monkeypatch):
-    use_devices(monkeypatch, 4)
-    config.train.iterations = 6
-    config.mesh.data, config.mesh.fsdp = 1, 4
-    config.log.every = 4
-    config.checkpoint.keep = 1
-    train(config, finished)
-    assert steps_of(finished) == [6]
 
 
 # --- whose folder it is -------------------------------------------------------------------------
@@ -400,6 +292,22 @@ def test_nothing_waits_for_the_device_between_logs(config, workdir: Path, monkey
     monkeypatch.setattr(jax, "block_until_ready", lambda x: (waited.append(steps[-1:]), wait(x))[1])
     train(config, workdir)
     assert {n for [n] in filter(None, waited)} == {1, 4, 6, 8, 12}
+
+
+def test_no_time_of_an_iteration_holds_a_compilation(config, workdir: Path, monkeypatch):
+    """Where an iteration is the first of its program, the clock begins behind it."""
+    config.train.lora_warmup = 2
+    restarted: list[int] = []
+    restart = summaries.StepClock.restart
+    monkeypatch.setattr(
+        summaries.StepClock,
+        "restart",
+        lambda self, step, **named: (restarted.append(step), restart(self, step, **named))[1],
+    )
+    train(config, workdir)
+    assert restarted == [1, 3]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert ["time/step_ms" in line for line in lines] == [False, True, False, True]
 
 
 def test_a_stuck_run_is_watched_for_from_its_beginning(config, workdir: Path, monkeypatch):

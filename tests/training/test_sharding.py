@@ -172,6 +172,19 @@ def test_split_training_gathers_parameters_and_sums_gradients(results: dict[str,
     assert odd <= {(2, 1, 64), ()}
 
 
+def test_where_the_lora_learns_alone_a_part_of_a_batch_is_on_all_devices_too() -> None:
+    """The images that it learns from are made in two parts: no activation moves for that."""
+    mesh = make_mesh(2, 2, jax.devices()[:4])
+    options = replace(LEARNING, accumulate=2)
+    state = start(options)
+    jitted = jit_step(step(options, lora_only=True), mesh, state, frozen())
+    program = jitted.lower(state, frozen(), ids(BATCH), KEY).compile()
+    trees = state.student, state.lora, frozen().text_encoder
+    allowed = {kind for x in jax.tree.leaves(trees) for kind in parameter_like(x.shape, parts=2)}
+    found = collectives(program.as_text())
+    assert {x for one in found for x in one.shapes if unordered(x) not in allowed} <= {()}
+
+
 def parameter_like(shape: tuple[int, ...], parts: int) -> set[tuple[int, ...]]:
     """The shapes of a parameter, and of its gradient split along any axis; see `unordered`."""
     split = (

@@ -249,6 +249,22 @@ def test_warmup_teaches_the_lora_alone() -> None:
     assert equal(state.ema, state.student) and float(metrics["ema/decay"]) == 0.0
 
 
+def test_the_lora_alone_learns_from_a_batch_in_parts_too() -> None:
+    """The same images, losses and gradients; and the student draws no more than a part at once."""
+    state, batch, metrics, gradients = settled(start()), ids(4), [], []
+    for parts in (1, 2):
+        alone = step(replace(OPTIONS, accumulate=parts), lora_only=True, with_gradients=True)
+        _, told, grads = jax.jit(alone)(state, frozen(), batch, KEY)
+        metrics.append(told)
+        gradients.append(grads["lora"])
+        program = str(jax.make_jaxpr(alone)(state, frozen(), batch, KEY))
+        # The decoder's feature maps of K = 2 timesteps and four examples at once.
+        assert ("f32[8,4,4,16]" in program) == (parts == 1)
+    print(distance(*metrics), distance(*gradients), largest(metrics), largest(gradients))
+    assert distance(*metrics) < 1e-5  # fp32; losses and norms up to 10
+    assert distance(*gradients) < 1e-5
+
+
 @pytest.mark.slow
 def test_rematerialisation_changes_no_number() -> None:
     state = settled(start())

@@ -1,10 +1,13 @@
 """A step that compiles in no time, for tests of what is around it."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tiue_jax.training import setup, sharding
@@ -67,3 +70,17 @@ def put_in_toy(monkeypatch: pytest.MonkeyPatch) -> ToyStep:
 def use_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     some = jax.devices()[:count]
     monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: MAKE_MESH(data, fsdp, some))
+
+
+def logged(workdir: Path) -> list[dict[str, float]]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "time/" not in k} for line in lines]
+
+
+def assert_same(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def steps_of(workdir: Path) -> list[int]:
+    folder = workdir / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())

@@ -24,6 +24,7 @@ TFDS_PREFIX = "tfds:"
 _TFDS_FIELDS = ("caption", "captions.text", "prompt", "text")  # the first that a data set has
 _COCO_FIELD = "caption"
 _JSONL_FIELD = "prompt"
+_SAID_BY = "what data.field names (empty: the usual field)"
 
 
 @dataclass(frozen=True)
@@ -160,23 +161,22 @@ def _read_coco(path: Path, field: str) -> Iterator[str]:
 
 def _pick(record: Any, field: str, *, file: str | Path, line: int | None = None) -> tuple[str, ...]:
     """Return the text, or texts, at `field` of a decoded JSON object."""
+    place: dict[str, Any] = {"file": file, "line": line, "key": field}
     value = record
     for name in field.split("."):
         if not isinstance(value, dict):
             found = f"{type(value).__name__} where {name!r} should be in an object"
-            raise InputError("field is missing", file=file, line=line, key=field, found=found)
+            raise InputError("field is missing", **place, expected=_SAID_BY, found=found)
         if name not in value:
             found = f"the fields {', '.join(map(str, list(value)[:8]))}" if value else "no fields"
-            raise InputError("field is missing", file=file, line=line, key=field, found=found)
+            raise InputError("field is missing", **place, expected=_SAID_BY, found=found)
         value = value[name]
     texts = tuple(value) if isinstance(value, list) else (value,)
     for text in texts:
         if not isinstance(text, str):
             found = f"{type(text).__name__} {text!r}"[:80]
-            raise InputError(
-                "field is not text", file=file, line=line, key=field, expected="text", found=found
-            )
-        require_text(text, file=file, line=line, key=field)
+            raise InputError("field is not text", **place, expected="text", found=found)
+        require_text(text, **place)
     return texts
 
 
@@ -212,7 +212,12 @@ def _read_tfds(source: str, field: str, key: str) -> Iterator[str]:
     outer, *inner = field.split(".")
     only = tfds.features.FeaturesDict({outer: features[outer]})
     for index in range(len(rows)):
-        value = only.deserialize_example_np(rows[index])[outer]
+        try:  # the files are opened here, and not before
+            value = only.deserialize_example_np(rows[index])[outer]
+        except Exception as error:  # array_record, tfds and protobuf raise of every kind
+            raise InputError(
+                f"cannot be read: {error}", file=source, key=f"example {index}"
+            ) from error
         for name in inner:
             value = value[name]
         for raw in [value] if isinstance(value, bytes) else value:

@@ -5,7 +5,7 @@ One line on standard error, `error: FILE:line [key]: what, expected X, found Y`,
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1 | a failure while running (`RunError`, a full disk, a number that is not finite) |
+| 1 | a failure while running (`RunError`, a full disk or device, a number that is not finite) |
 | 2 | the input is wrong: a flag, a config, a file (`InputError`) |
 | 75 | stopped from outside after saving; the same command again goes on (`Preempted`) |
 
@@ -31,6 +31,12 @@ EXIT_FAILED = 1
 EXIT_INPUT = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+_FULL = "RESOURCE_EXHAUSTED"  # how JAX begins to say that a device has no memory left
+_LESS_MEMORY = (
+    "a smaller --batch_size needs less; in training a larger train.accumulate or mesh.fsdp, "
+    "train.remat=blocks or a smaller train.batch_size"
+)
 
 Main = Callable[[Sequence[str]], int | None]
 
@@ -133,6 +139,9 @@ def describe(error: BaseException) -> tuple[int, str] | None:
             return EXIT_FAILED, _describe_os_error(error)
         case KeyboardInterrupt():
             return EXIT_INTERRUPTED, "interrupted"
+    if type(error).__name__ == "JaxRuntimeError" and _FULL in str(error):  # no import of JAX here
+        text = one_line(str(error).partition(_FULL)[2])[:300].strip(": .")
+        return EXIT_FAILED, f"a device has too little memory: {text}; {_LESS_MEMORY}"
     return None
 
 
@@ -246,6 +255,9 @@ def _describe_os_error(error: OSError) -> str:
 
 def _say(message: str, code: int) -> int:
     """Print the one line and return `code`."""
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads it any more: what is left must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     return code

@@ -28,7 +28,7 @@ def init_lora(
         A tree like `params` that has, in place of a target's parameters, {"a": [in, rank],
         "b": [rank, out]}, fp32.
     Raises:
-        ValueError: no layer has such a name, or rank < 1.
+        ValueError: no layer has such a name, one is a convolution, or rank < 1.
     Source: peft's `init_lora_weights="gaussian"`, the initialisation of diffusers' LoRA trainings.
     """
     if rank < 1:
@@ -41,6 +41,9 @@ def init_lora(
     missing = set(targets) - {path[-1] for path in kernels}
     if missing:
         raise ValueError(f"LoRA targets {sorted(missing)}: no such layer in the parameters")
+    convolutions = {path[-1] for path, kernel in kernels.items() if kernel.ndim != 2}
+    if convolutions:
+        raise ValueError(f"LoRA targets {sorted(convolutions)}: convolutions; choose dense layers")
     lora = {}
     for layer_key, (path, kernel) in zip(
         jax.random.split(key, len(kernels)), kernels.items(), strict=True

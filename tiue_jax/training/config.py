@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import optax
 from ml_collections import ConfigDict
@@ -22,31 +22,18 @@ _INFINITY = math.inf
 _SEED = (0, 2**32 - 1)
 
 # Inclusive bounds of every number.
-_RANGES: dict[str, tuple[float, float]] = {
+_INTEGERS: dict[str, tuple[float, float]] = {
     "seed": _SEED,
     "data.shuffle_seed": _SEED,
     "student.num_steps": (1, 1000),
     "lora.rank": (1, _INFINITY),
-    "lora.alpha": (0, _INFINITY),
-    "vsd.guidance_scale": (0, _INFINITY),
-    "vsd.lora_guidance_scale": (0, _INFINITY),
     "vsd.t_min": (0, 999),
     "vsd.t_max": (0, 999),
-    "kl.weight": (0, _INFINITY),
     "kl.batch": (0, _INFINITY),
-    "clip.tau": (0, 2),
-    "clip.weight": (0, _INFINITY),
-    "clip.epochs": (1e-9, _INFINITY),
     "train.iterations": (0, 2**31 - 1),
     "train.batch_size": (1, _INFINITY),
-    "train.student_lr": (0, _INFINITY),
-    "train.student_lr_end": (0, 1),
-    "train.lora_lr": (0, _INFINITY),
     "train.lora_warmup": (0, _INFINITY),
     "train.student_every": (1, _INFINITY),
-    "train.clip_grad_norm": (1e-30, _INFINITY),
-    "train.null_prompt_prob": (0, 1),
-    "train.ema_max_decay": (0, 1 - 1e-9),
     "train.accumulate": (1, _INFINITY),
     "mesh.data": (-1, _INFINITY),
     "mesh.fsdp": (-1, _INFINITY),
@@ -56,30 +43,67 @@ _RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.every": (1, _INFINITY),
     "checkpoint.keep": (1, _INFINITY),
 }
+_NUMBERS: dict[str, tuple[float, float]] = {
+    "lora.alpha": (0, _INFINITY),
+    "vsd.guidance_scale": (0, _INFINITY),
+    "vsd.lora_guidance_scale": (0, _INFINITY),
+    "kl.weight": (0, _INFINITY),
+    "clip.tau": (0, 2),
+    "clip.weight": (0, _INFINITY),
+    "clip.epochs": (1e-9, _INFINITY),
+    "train.student_lr": (0, _INFINITY),
+    "train.student_lr_end": (0, 1),
+    "train.lora_lr": (0, _INFINITY),
+    "train.clip_grad_norm": (1e-30, _INFINITY),
+    "train.null_prompt_prob": (0, 1),
+    "train.ema_max_decay": (0, 1 - 1e-9),
+}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "student.timestep_spacing": TIMESTEP_SPACINGS,
     "train.compute_dtype": ("float32", "bfloat16"),
     "train.teacher_dtype": ("float32", "bfloat16"),
     "train.remat": tuple(REMAT_POLICIES),
 }
-_TEXTS = {
+_NOT_EMPTY = {
     "teacher": "the folder of a Stable Diffusion",
     "data.source": "where the prompts are",
     "clip.model": "the folder of a CLIP",
     "clip.taesd": "the folder of a TAESD",
 }
-_TUPLES = ("lora.targets", "log.validation_prompts")
-_OTHERS = (
-    "data.field",
-    "data.deduplicate",
-    "student.start",
-    "clip.source_faithful",
-    "mesh.shard_teacher",
-)
+_TEXTS = ("data.field", "student.start", *_CHOICES, *_NOT_EMPTY)
+_LISTS = ("lora.targets", "log.validation_prompts")
+_FLAGS = ("data.deduplicate", "clip.source_faithful", "mesh.shard_teacher")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or _is_integer(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) and text for text in value)
+
+
+# Key -> what its value is, and whether one is that.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(_INTEGERS, ("a whole number", _is_integer)),
+    **dict.fromkeys(_NUMBERS, ("a number", _is_number)),
+    **dict.fromkeys(_TEXTS, ("text", _is_text)),
+    **dict.fromkeys(_LISTS, ("texts", _is_list_of_texts)),
+    **dict.fromkeys(_FLAGS, ("True or False", lambda value: isinstance(value, bool))),
+}
 
 # What a resumed run may change: how long it runs, where it is computed, what it shows. Teacher and
 # prompts are held by their contents and not by their names; the number of iterations is held where
-# the learning rate falls towards the last one.
+# the learning rate falls towards the last one, and the parts of a batch where each has its CLIP
+# term.
 _MAY_CHANGE = (
     "teacher",
     "student.start",
@@ -98,28 +122,29 @@ _MAY_CHANGE = (
 
 
 def check_config(config: ConfigDict) -> None:
-    """Refuse a config with keys missing or unknown, or values out of range.
+    """Refuse a config with keys missing or unknown, or values of another type or out of range.
 
     Raises:
         InputError: names the key, what it should be, and what it is.
     """
     values = flatten(config)
-    known = {*_RANGES, *_CHOICES, *_TEXTS, *_TUPLES, *_OTHERS}
-    for key in sorted(known - values.keys()):
+    for key in sorted(_KINDS.keys() - values.keys()):
         raise InputError("missing from the config; see configs/default.py", key=key)
-    for key in sorted(values.keys() - known):
+    for key in sorted(values.keys() - _KINDS.keys()):
         raise InputError("unknown config key; see configs/default.py", key=key)
-    for key, (low, high) in _RANGES.items():
+    for key, (kind, is_kind) in _KINDS.items():
+        _require(key, values[key], kind, is_kind)
+    for key in (*_TEXTS, *_LISTS):
+        for text in [values[key]] if key in _TEXTS else values[key]:
+            require_text(text, key=key)
+    for key, (low, high) in (_INTEGERS | _NUMBERS).items():
         _require(key, values[key], f"{low} to {high}", partial(_within, low, high))
+    for key in _NUMBERS:
         _require(key, values[key], "a finite number", math.isfinite)
     for key, choices in _CHOICES.items():
         _require(key, values[key], f"one of {', '.join(choices)}", choices.__contains__)
-    for key, meaning in _TEXTS.items():
+    for key, meaning in _NOT_EMPTY.items():
         _require(key, values[key], f"{meaning}: --config.{key}=...", bool)
-    for key in _TUPLES:
-        _require(key, values[key], "texts", lambda v: all(isinstance(t, str) and t for t in v))
-        for text in values[key]:
-            require_text(text, key=key)
     for key in ("mesh.data", "mesh.fsdp"):
         _require(key, values[key], "-1 or at least 1", lambda v: v != 0)
 
@@ -181,7 +206,11 @@ def step_options(config: ConfigDict, latent_size: int, num_prompts: int = 1) -> 
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """Return {"train.batch_size": 64, ...}: dotted keys, and values as JSON has them."""
+    """Return {"train.batch_size": 64, ...}: dotted keys, and values as JSON has them.
+
+    Raises:
+        InputError: a value that JSON has not.
+    """
     nested = config.to_dict() if isinstance(config, ConfigDict) else config
     found: dict[str, Any] = {}
 
@@ -192,8 +221,12 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[prefix] = list(node) if isinstance(node, tuple) else node
 
-    walk("", json.loads(json.dumps(nested)))
+    walk("", json.loads(json.dumps(nested, default=_refuse_value)))
     return found
+
+
+def _refuse_value(value: Any) -> NoReturn:
+    raise InputError("a value is neither number, text nor a list", key="config", found=repr(value))
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -203,14 +236,20 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
         before, now: descriptions of a run: {"config": flat config, "teacher": {...}, "prompts":
             {...}}, the latter two by digests of their contents.
     """
-    falls = now["config"].get("train.student_lr_end", 1) != 1  # that it does is held itself
-    free = tuple(key for key in _MAY_CHANGE if key != "train.iterations" or not falls)
-    held = {
-        f"{name}: {key}" if name != "config" else key: (before[name].get(key), now[name].get(key))
-        for name in ("config", "teacher", "prompts")
-        for key in {**before[name], **now[name]}
-        if name != "config" or not key.startswith(free)
-    }
+    config, fixed = now["config"], set()
+    if config.get("train.student_lr_end", 1) != 1:  # that it is so is held itself, as is the next
+        fixed.add("train.iterations")
+    if config.get("clip.tau", 0) > 0:
+        fixed.add("train.accumulate")
+    free = tuple(key for key in _MAY_CHANGE if key not in fixed)
+    held = {}
+    for name in ("config", "teacher", "prompts"):
+        was, is_now = before.get(name, {}), now[name]
+        for key in {**was, **is_now}:
+            if name != "config":
+                held[f"{name}: {key}"] = was.get(key), is_now.get(key)
+            elif not key.startswith(free):
+                held[key] = was.get(key), is_now.get(key)
     return {key: pair for key, pair in sorted(held.items()) if pair[0] != pair[1]}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tiue_jax.diffusion.schedule import TIMESTEP_SPACINGS
@@ -22,11 +23,12 @@ from tiue_jax.pretrained.folder import (
     save_stable_diffusion,
 )
 from tiue_jax.pretrained.hub import is_repo_id, resolve_model
-from tiue_jax.pretrained.jsonfile import Fields, dump_object, read_object
+from tiue_jax.pretrained.jsonfile import Fields, dump_object
 from tiue_jax.pretrained.lora_files import save_lora
 from tiue_jax.pretrained.parameters import Params, to_device
 from tiue_jax.training.checkpoint import restore_params
-from tiue_jax.training.workdir import RUN_FILE
+from tiue_jax.training.digests import refuse_another_teacher
+from tiue_jax.training.workdir import RUN_FILE, read_run
 
 
 def is_workdir(folder: Path) -> bool:
@@ -50,13 +52,12 @@ def load_trained_student(
         place: what becomes of each parameter, as for `load_stable_diffusion`.
 
     Raises:
-        InputError: no checkpoint, no teacher, or files that are not what they should be.
+        InputError: no checkpoint, no teacher or another one than the run's, or files that are not
+            what they should be.
     """
     file = workdir / RUN_FILE
-    run = read_object(file)
-    config = run.get("config")
-    if not isinstance(config, dict):
-        raise InputError("does not describe a run", file=file, key="config")
+    run = read_run(workdir)
+    config = run["config"]
     fields = Fields(config, file)
     student = StudentOptions(
         num_steps=fields.integer("student.num_steps", 0, 1, 1000),
@@ -68,6 +69,12 @@ def load_trained_student(
         raise InputError(what, file=file, key="teacher", found=name)
     parts = ("vae", "text_encoder")
     sd = load_stable_diffusion(resolve_model(name), param_dtype=None, parts=parts, place=place)
+    refuse_another_teacher(
+        sd,
+        run.get("teacher", {}),
+        compute_dtype=_dtype(fields, "train.compute_dtype"),
+        teacher_dtype=_dtype(fields, "train.teacher_dtype"),
+    )
     step, params = restore_params(workdir, which)
     return replace(
         sd,
@@ -75,6 +82,10 @@ def load_trained_student(
         student=student,
         training={"step": step, **run},
     )
+
+
+def _dtype(fields: Fields, key: str) -> np.dtype:
+    return jnp.dtype(fields.choice(key, "float32", ("float32", "bfloat16")))
 
 
 def export_student(
@@ -116,10 +127,8 @@ def export_lora(workdir: Path, folder: StrPath, teacher_license: str | None = No
         InputError: no checkpoint, or `folder` is in use.
     """
     file = workdir / RUN_FILE
-    run = read_object(file)
-    config = run.get("config")
-    config = config if isinstance(config, dict) else {}
-    alpha = Fields(config, file).number("lora.alpha", -1.0, 1e-9, 1e9)
+    run = read_run(workdir)
+    alpha = Fields(run["config"], file).number("lora.alpha", -1.0, 1e-9, 1e9)
     step, lora = restore_params(workdir, "lora")
     training = {"step": step, **run}
     with new_folder(folder) as out:

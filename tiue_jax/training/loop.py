@@ -6,31 +6,32 @@ newest checkpoint. Precedence: a checkpoint in the workdir > `student.start` > t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from tiue_jax.io.errors import Preempted, RunError
+from tiue_jax.io.errors import InputError, Preempted, RunError
 from tiue_jax.pretrained.folder import TRAINING_FILE
+from tiue_jax.pretrained.jsonfile import read_object
 from tiue_jax.training import sharding
 from tiue_jax.training.checkpoint import Checkpoints
 from tiue_jax.training.config import check_config, flatten, refuse_changes
 from tiue_jax.training.export import export_student
 from tiue_jax.training.hosts import ALONE, Hosts, code_version, compiler_options
 from tiue_jax.training.preemption import catch_signals
-from tiue_jax.training.setup import Setup, set_up
+from tiue_jax.training.setup import Iterate, Setup, set_up
 from tiue_jax.training.state import TrainState
 from tiue_jax.training.summaries import Progress, StepClock, Summaries, Window, say
 from tiue_jax.training.validation import make_validation
 from tiue_jax.training.watchdog import watchdog
-from tiue_jax.training.workdir import cache_programs, claim, write_run
+from tiue_jax.training.workdir import RUN_FILE, cache_programs, claim, read_run, write_run
 
 STUDENT_FOLDER = "student"
 
@@ -64,6 +65,9 @@ def train(config: ConfigDict, workdir: Path, hosts: Hosts = ALONE) -> None:
         found = checkpoints.restore(
             run.abstract, run.batches, lambda meta: refuse_changes(meta, run.description, workdir)
         )
+        exported, noted = (workdir / STUDENT_FOLDER).exists(), (workdir / RUN_FILE).exists()
+        if found is None and exported and noted:  # what saved nothing may be begun otherwise
+            refuse_changes(read_run(workdir), run.description, workdir)
         state = run.start(key_init) if found is None else found.state
         start = 0 if found is None else found.step
         write_run(workdir, run.description)
@@ -82,7 +86,7 @@ def train(config: ConfigDict, workdir: Path, hosts: Hosts = ALONE) -> None:
             summaries.write_images(0, {"student": draw(state.ema)})
 
         # ---- Iterate: nothing waits for the device but logs, images and saves --------------------
-        window, clock = Window(), StepClock(start)
+        window, clock, compiled = Window(), StepClock(start), set[Iterate]()
         key_draws = _everywhere(run.mesh, key_draws)
         for step in range(start + 1, end + 1):
             ids = next(run.batches)["input_ids"]
@@ -93,14 +97,16 @@ def train(config: ConfigDict, workdir: Path, hosts: Hosts = ALONE) -> None:
             window.append(step, metrics)
             stop = stopping(step)
 
-            if step == start + 1:
+            if iterate not in compiled:
+                compiled.add(iterate)
                 seconds = clock.restart(step, wait_for=metrics)
-                say(f"first step, with compilation: {seconds:.1f} s")
-            if step % log.every == 0 or step == end:
+                if step == start + 1:
+                    say(f"first step, with compilation: {seconds:.1f} s")
+            if stop or step == end or step % log.every == 0:
                 means, seconds = window.means(), clock.lap(step)
                 epoch = step * config.train.batch_size / len(run.prompts)
-                times = {"time/step_ms": 1000 * seconds, "epoch": epoch}
-                summaries.write_scalars(step, means | times)
+                times = {} if seconds is None else {"time/step_ms": 1000 * seconds}
+                summaries.write_scalars(step, means | times | {"epoch": epoch})
                 progress.update(step, means, seconds)
             if draw and (step % log.summary_every == 0 or step == end):
                 summaries.write_images(step, {"student": draw(state.ema)})
@@ -115,7 +121,10 @@ def train(config: ConfigDict, workdir: Path, hosts: Hosts = ALONE) -> None:
         # ---- Export: the moving average, as a diffusers folder ---------------------------------
         if report := run.tokenize.summary():
             say(report)
-        _export(run, state, workdir, step=max(start, end))
+        made = run.description  # by what: of a run that was done already, what its checkpoint says
+        if found is not None and start >= end:
+            made = {name: found.meta.get(name) for name in made}
+        _export(run, state, workdir, {"step": max(start, end), **made})
         say(f"done: {workdir / STUDENT_FOLDER}")
 
 
@@ -148,17 +157,25 @@ def _announce(run: Setup, state: TrainState, start: int, end: int) -> None:
     say(f"{whence}, to step {end}" if start < end else f"step {start}: nothing is left to do")
 
 
-def _export(run: Setup, state: TrainState, workdir: Path, *, step: int) -> None:
-    """Write the EMA student to `workdir/student`; the export of another step is moved aside."""
+def _export(run: Setup, state: TrainState, workdir: Path, training: dict[str, Any]) -> None:
+    """Write the EMA student to `workdir/student`, unless this very one is there.
+
+    Another one is moved aside.
+
+    Args:
+        training: what made it: step, config, teacher, prompts and code.
+    """
     folder = workdir / STUDENT_FOLDER
     params = jax.tree.map(partial(_gather, run.mesh), state.ema)
     if jax.process_index() != 0:
         return
     if folder.exists():
-        exported = _exported_step(folder)
-        if exported == step:
+        earlier = _read_training(folder)
+        if earlier == training:
             return
-        name = f"{STUDENT_FOLDER}_{'unknown' if exported is None else f'{exported:08d}'}"
+        exported = earlier.get("step")
+        known = isinstance(exported, int)
+        name = f"{STUDENT_FOLDER}_{f'{exported:08d}' if known else 'unknown'}"
         free = next(
             n for i in range(10**6) if not (n := workdir / f"{name}{f'.{i}' * bool(i)}").exists()
         )
@@ -169,7 +186,7 @@ def _export(run: Setup, state: TrainState, workdir: Path, *, step: int) -> None:
         folder,
         num_steps=run.options.num_steps,
         timestep_spacing=run.options.timestep_spacing,
-        training={"step": step, **run.description},
+        training=training,
     )
 
 
@@ -189,9 +206,9 @@ def _same(x: jax.Array) -> jax.Array:
     return x
 
 
-def _exported_step(folder: Path) -> int | None:
-    """Return of which step an export is; None where it does not say."""
+def _read_training(folder: Path) -> dict[str, Any]:
+    """Return what an export says of how it was made; {} where it does not say."""
     try:
-        return int(json.loads((folder / TRAINING_FILE).read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return read_object(folder / TRAINING_FILE)
+    except InputError:
+        return {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +24,8 @@ from tiue_jax.pretrained.auxiliary import load_clip, load_taesd
 from tiue_jax.pretrained.folder import StableDiffusion, load_stable_diffusion
 from tiue_jax.pretrained.hub import resolve_model, resolve_network
 from tiue_jax.training import sharding
-from tiue_jax.training.checkpoint import inspect_arrays
 from tiue_jax.training.config import flatten, step_options
+from tiue_jax.training.digests import cast, digest_teacher
 from tiue_jax.training.hosts import ALONE, Hosts, code_version
 from tiue_jax.training.options import StepOptions
 from tiue_jax.training.state import Frozen, TrainState, init_state
@@ -94,13 +92,13 @@ def set_up(config: ConfigDict, say: Callable[[str], None], hosts: Hosts = ALONE)
         step, lora_step = build(text_image=text_image), build(lora_only=True)
     teacher, kept_in = sd.params.pop("unet"), jnp.dtype(config.train.teacher_dtype)
     frozen = Frozen(
-        _cast(teacher, kept_in),
-        _cast(sd.params["text_encoder"], kept_in),
+        cast(teacher, kept_in),
+        cast(sd.params["text_encoder"], kept_in),
         jnp.asarray(sd.tokenizer.null_ids),
         **auxiliary,
     )
     student = _load_start(config, sd, load)
-    digests = _digest_teacher(sd, frozen, student, prompts)
+    digests = digest_teacher(sd, frozen, prompts, student=student, text_image=text_image)
     hosts.agree("teacher", {f"teacher: {part}": digest for part, digest in digests.items()})
     frozen = sharding.shard(frozen, mesh, split=config.mesh.shard_teacher)
     rounded = kept_in != jnp.float32  # then the student does not start from what is on the device
@@ -152,11 +150,6 @@ def blame(key: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise InputError(str(error), key=key) from error
-
-
-def _cast(tree: Any, dtype: jnp.dtype) -> Any:
-    """Return the tree in another float type; arrays that are of it already are not copied."""
-    return jax.tree.map(lambda x: x.astype(dtype, copy=False), tree)
 
 
 def _load_text_image(
@@ -236,30 +229,3 @@ def _make_start(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
     )
     return lambda key: made(key, frozen.teacher, sharding.shard(student, mesh)), abstract
-
-
-def _digest_teacher(
-    sd: StableDiffusion, frozen: Frozen, student: Any, prompts: Prompts
-) -> dict[str, str]:
-    """Return part -> digest of what a run takes from the teacher, whatever file it was in."""
-
-    def digest(content: Any) -> str:
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-    ids, _ = sd.tokenizer.encode([*prompts.texts[:256], ""])
-    words = [
-        hashlib.sha256(sd.tokenizer.files[n]).hexdigest() for n in ("vocab.json", "merges.txt")
-    ]
-    schedule = {
-        **{k: v for k, v in vars(sd.schedule).items() if k != "alphas_cumprod"},
-        "alphas_cumprod": sd.schedule.alphas_cumprod.tolist(),
-    }
-    others = {"student": student, "taesd": frozen.taesd, "clip": frozen.clip}
-    return {
-        **{n: digest(inspect_arrays(tree)[0]) for n, tree in others.items() if tree is not None},
-        "unet": digest([repr(sd.unet), inspect_arrays(frozen.teacher)[0]]),
-        "text_encoder": digest([repr(sd.text_encoder), inspect_arrays(frozen.text_encoder)[0]]),
-        "vae": digest([repr(sd.vae), inspect_arrays(sd.params["vae"])[0]]),
-        "tokenizer": digest([words, ids.tolist()]),
-        "schedule": digest(schedule),
-    }

@@ -15,6 +15,7 @@ Source: arXiv 2505.21960; TiUE's public code (sen-mao/Loopfree at 9a232a9).
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -268,7 +269,9 @@ def make_step(
         metrics: Metrics = {}
         student_grads: Mapping = {}
         if lora_only:
-            new, x0 = state, student(state.student, draws, context)[0]
+            batch = replace(draws, null_uniform=None), context
+            draw = partial(student, state.student)
+            new, x0 = state, in_parts(lambda part: draw(*part)[0], batch, options.accumulate)
         else:
             new, x0, metrics, student_grads = update_student(
                 state, frozen, draws, input_ids, context, null
@@ -307,13 +310,30 @@ def mean_gradient(
         grads, results = gradient(params, part)
         return jax.tree.map(jnp.add, total, grads), results
 
-    # Every parts-th example: so each part of a batch that is split over devices is on all of them.
-    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    total, (each, means) = jax.lax.scan(add, zeros, split)
+    total, (each, means) = jax.lax.scan(add, zeros, split_batch(batch, parts))
     grads = jax.tree.map(lambda g: g / parts, total)
-    each = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), each)
-    return grads, each, jax.tree.map(lambda x: jnp.mean(x, 0), means)
+    return grads, join_batch(each), jax.tree.map(lambda x: jnp.mean(x, 0), means)
+
+
+def in_parts(compute: Callable[[Any], Any], batch: Any, parts: int) -> Any:
+    """What `compute` makes of each example, of the batch as a whole or of parts in turn."""
+    if parts == 1:
+        return compute(batch)
+    return join_batch(jax.lax.map(compute, split_batch(batch, parts)))
+
+
+def split_batch(batch: Any, parts: int) -> Any:
+    """Arrays [b ...] as [parts b/parts ...]; every part takes every parts-th example.
+
+    So each part of a batch that is split over devices is on all of them.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def join_batch(parts: Any) -> Any:
+    """The inverse of `split_batch`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
 
 
 def encode_prompts(

@@ -86,15 +86,21 @@ class StepClock:
     def __init__(self, step: int) -> None:
         self._step, self._time = step, time.monotonic()
 
-    def lap(self, step: int) -> float:
-        """Return the mean seconds an iteration since the last call, up to iteration `step`."""
-        now = time.monotonic()
-        seconds = (now - self._time) / max(1, step - self._step)
+    def lap(self, step: int) -> float | None:
+        """Return the mean seconds an iteration since the last call, up to iteration `step`.
+
+        None where there was none since.
+        """
+        now, done = time.monotonic(), step - self._step
+        seconds = (now - self._time) / done if done else None
         self._step, self._time = step, now
         return seconds
 
-    def restart(self, step: int, *, wait_for: Mapping[str, Array]) -> float:
-        """The same, after waiting for `wait_for`: for an iteration that was compiled first."""
+    def restart(self, step: int, *, wait_for: Mapping[str, Array]) -> float | None:
+        """The same, after waiting for `wait_for`: for an iteration that was compiled first.
+
+        The next lap begins behind it.
+        """
         jax.block_until_ready(wait_for)
         return self.lap(step)
 
@@ -208,16 +214,18 @@ class Progress:
         )
         self._done = step
 
-    def update(self, step: int, means: Mapping[str, float], step_seconds: float) -> None:
-        """Show that `step` iterations are done, their losses and the time left."""
+    def update(self, step: int, means: Mapping[str, float], step_seconds: float | None) -> None:
+        """Show that `step` iterations are done, their losses and, if it is known, the time left."""
         losses = {name.split("/")[-1]: f"{means[name]:.4g}" for name in _SHOWN if name in means}
         self._bar.set_postfix(losses, refresh=False)
         self._bar.update(step - self._done)
         self._done = step
         if self._lines:
             shown = "  ".join(f"{name} {value}" for name, value in losses.items())
-            left = tqdm.format_interval(step_seconds * (self._total - step))
-            say(f"step {step}/{self._total}  {shown}  {step_seconds:.3g} s/step  {left} left")
+            if step_seconds is not None:
+                left = tqdm.format_interval(step_seconds * (self._total - step))
+                shown += f"  {step_seconds:.3g} s/step  {left} left"
+            say(f"step {step}/{self._total}  {shown}")
 
     def close(self) -> None:
         """Leave the bar as it is."""

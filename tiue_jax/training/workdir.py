@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from tiue_jax.io.errors import InputError
 from tiue_jax.io.files import make_parents, write_atomic
+from tiue_jax.pretrained.jsonfile import read_object
 from tiue_jax.training.hosts import ALONE, Hosts
 
 RUN_FILE = "run.json"
@@ -130,3 +131,17 @@ def write_run(workdir: Path, description: Mapping[str, Any]) -> None:
     """Write what run this is to `run.json`, for people and for the next `claim`."""
     if jax.process_index() == 0:
         write_atomic(workdir / RUN_FILE, json.dumps(description, indent=2) + "\n")
+
+
+def read_run(workdir: Path) -> dict[str, Any]:
+    """Return what `write_run` wrote.
+
+    Raises:
+        InputError: there is no such file, or it does not describe a run.
+    """
+    file = workdir / RUN_FILE
+    run = read_object(file)
+    for name in ("config", "teacher", "prompts"):  # an older run may say nothing of the latter two
+        if not isinstance(run.get(name, None if name == "config" else {}), dict):
+            raise InputError("does not describe a run", file=file, key=name)
+    return run
