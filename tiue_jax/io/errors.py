@@ -255,9 +255,6 @@ def _describe_os_error(error: OSError) -> str:
 
 def _say(message: str, code: int) -> int:
     """Print the one line and return `code`."""
-    try:
-        sys.stdout.flush()
-    except OSError:  # nobody reads it any more: what is left must not fail again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.stdout.flush()
     print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     return code
