@@ -17,8 +17,8 @@ SD-Turbo's trailing Euler scheduler); where they do not say, choose:
 --out is a new folder: a PNG file an image, grid.png of the first 64, and samples.json with the
 prompt and the seed of each. Image number i (from 0, over all prompts) has the seed --seed + i and
 depends on its prompt and that seed alone, not on the batch or the number of devices: the same
---seed makes it again. What stops the command half-way, Ctrl-C too, leaves a folder of the images
-that were made, with "complete": false in samples.json.
+--seed makes it again. Ctrl-C, or an error half-way, leaves a folder of the images that were made,
+with "complete": false in samples.json.
 """
 
 from __future__ import annotations

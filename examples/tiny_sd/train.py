@@ -34,6 +34,7 @@ from tiue_jax.pretrained.parameters import ParamFile, to_device
 from tiue_jax.pretrained.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
+_SOURCES = ("vae_from", "text_encoder_from", "unet_from")
 CAPTIONS_PER_SCENE = 2  # the data set's, and others of the same scene
 
 
@@ -79,16 +80,15 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
     Raises:
         InputError: the states were made with others.
     """
-    if path.exists():
-        noted = read_object(path)
-        for key, value in settings.items():
-            if noted.get(key) != value:
-                raise InputError(
-                    "its states were made with another setting; take a new --workdir",
-                    file=path, key=f"--{key}", expected=repr(noted.get(key)), found=repr(value),
-                )  # fmt: skip
-    else:
-        write_atomic(path, json.dumps(settings, indent=1) + "\n")
+    noted = read_object(path) if path.exists() else {}
+    for key, value in settings.items():
+        if noted.get(key, value) != value:
+            raise InputError(
+                "its states were made with another setting; take a new --workdir",
+                file=path, key=f"--{key}", expected=repr(noted[key]), found=repr(value),
+            )  # fmt: skip
+    if settings.keys() - noted.keys():
+        write_atomic(path, json.dumps({**noted, **settings}, indent=1) + "\n")
 
 
 def define_flags() -> None:
@@ -121,8 +121,11 @@ def main(argv: Sequence[str]) -> None:
         if not FLAGS.out:
             raise InputError("is missing", key="--out", expected="a folder to write the model to")
         require_free(FLAGS.out)
-    settings = ("seed", "num_scenes", "vae_from", "text_encoder_from", "unet_from")
-    keep_settings(workdir / "settings.json", {name: FLAGS[name].value for name in settings})
+    used = {None: _SOURCES, "decoder": _SOURCES[:1], "text_encoder": (), "unet": _SOURCES}[
+        FLAGS.only
+    ]
+    names = ("seed", "num_scenes", *used)
+    keep_settings(workdir / "settings.json", {name: FLAGS[name].value for name in names})
     networks, schedule = variant("tiny"), make_schedule()
     build_tokenizer(workdir / "tokenizer")
     text_encoder = networks.text_encoder

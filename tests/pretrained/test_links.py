@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub.utils._shared_blobs import SHARED_BLOBS_MARKER_NAME, shared_blob_path
 
 from tests.pretrained.folders import MODEL, WEIGHTS, bits, copy_model
 from tiue_jax.io.errors import InputError, one_line
+from tiue_jax.pretrained import links
 from tiue_jax.pretrained.auxiliary import load_clip, load_taesd
 from tiue_jax.pretrained.folder import StableDiffusion, load_stable_diffusion
 from tiue_jax.pretrained.hub import push_to_hub
@@ -112,6 +115,35 @@ def test_a_snapshot_of_the_hubs_cache_is_read(model: Path) -> None:
     snapshot = _cache(model)
     assert (snapshot / "unet/config.json").is_symlink()
     assert bits(_load(snapshot).params) == bits(_load(model).params)
+
+
+def _share(snapshot: Path) -> Path:
+    """Move the blobs of `snapshot` to the place that all models of the cache share; return it."""
+    shared = snapshot.parents[2] / "blobs"
+    shared.mkdir()
+    (shared / SHARED_BLOBS_MARKER_NAME).write_text("1\n")
+    for blob in sorted((snapshot.parents[1] / "blobs").iterdir()):
+        name = hashlib.sha256(blob.read_bytes()).hexdigest()
+        (shared / name[:2]).mkdir(exist_ok=True)
+        blob.rename(shared / name[:2] / name)
+        blob.symlink_to(f"../../blobs/{name[:2]}/{name}")
+    return shared
+
+
+def test_what_all_models_of_the_cache_share_is_read(model: Path) -> None:
+    """As huggingface_hub 2 stores what it fetches by Xet."""
+    snapshot = _cache(model)
+    shared = _share(snapshot)
+    assert bits(_load(snapshot).params) == bits(_load(model).params)
+    (shared / SHARED_BLOBS_MARKER_NAME).unlink()  # then it is a folder like any other
+    with pytest.raises(InputError, match=LEAVES):
+        _load(snapshot)
+
+
+def test_the_layout_is_that_of_huggingface_hub(tmp_path: Path) -> None:
+    name = "ab" + "0" * 62
+    assert shared_blob_path(tmp_path, name) == tmp_path / "blobs" / "ab" / name
+    assert links.SHARED_BLOBS_MARKER_NAME == SHARED_BLOBS_MARKER_NAME
 
 
 def test_a_snapshot_does_not_reach_beyond_its_blobs(model: Path, tmp_path: Path) -> None:

@@ -78,3 +78,11 @@ def test_the_parts_of_a_batch_are_held_where_each_has_its_clip_term() -> None:
 def test_what_an_older_run_does_not_say_has_changed() -> None:
     now = {"config": {}, "teacher": {"unet": "a"}, "prompts": {}}
     assert changes({"config": {}}, now) == {"teacher: unet": (None, "a")}
+
+
+def test_a_run_begun_before_a_digest_was_made_goes_on() -> None:
+    now = {"config": {}, "teacher": {"unet": "a", "latent_size": "64"}, "prompts": {}}
+    before = {"config": {}, "teacher": {"unet": "a"}, "prompts": {}}
+    assert changes(before, now) == {}
+    before["teacher"]["latent_size"] = "32"
+    assert changes(before, now) == {"teacher: latent_size": ("32", "64")}

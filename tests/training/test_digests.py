@@ -99,9 +99,9 @@ def test_settings_of_the_clip_term_s_networks_are_held(teacher: Path) -> None:
     term = TextImage(AutoencoderTiny(), CLIP())
     before = digests_of(teacher, text_image=term)
     for part, other in (
-        ("taesd", replace(term, taesd=AutoencoderTiny(scaling_factor=2.0))),
-        ("clip", replace(term, clip=CLIP(eos_token_id=3))),
-        ("clip", replace(term, mean=(0.5,) * 3, std=(0.5,) * 3)),
+        ("taesd_settings", replace(term, taesd=AutoencoderTiny(scaling_factor=2.0))),
+        ("clip_settings", replace(term, clip=CLIP(eos_token_id=3))),
+        ("clip_settings", replace(term, mean=(0.5,) * 3, std=(0.5,) * 3)),
     ):
         after = digests_of(teacher, text_image=other)
         assert {name for name in before if before[name] != after[name]} == {part}

@@ -12,6 +12,7 @@ from pathlib import Path
 from tiue_jax.io.errors import InputError
 
 ENDINGS = (".json", ".safetensors", ".txt")  # of the files that are read
+SHARED_BLOBS_MARKER_NAME = ".huggingface-shared-blobs"  # in the folder that all models share
 
 
 def require_contained(folder: Path, parts: Sequence[str] = ()) -> None:
@@ -39,22 +40,26 @@ def require_inside(path: Path, folder: Path) -> None:
         raise InputError("a circle of links, which cannot be resolved", file=path) from error
     if not inside:
         what = "a link leads out of the model's folder"
-        raise InputError(what, file=path, expected="a file in it", found=path.resolve())
+        expected = "a file in it (cp -rL makes a copy without links)"
+        raise InputError(what, file=path, expected=expected, found=path.resolve())
 
 
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether `path`, links followed, is in `folder`, or in the cache that `folder` is in.
 
-    The cache of the Hugging Face hub keeps `snapshots/REVISION/...` as links into its `blobs/`.
+    The Hugging Face hub's cache keeps `CACHE/models--NAME/snapshots/REVISION/...` as links into
+    `CACHE/models--NAME/blobs/`, and large files of all models together in `CACHE/blobs/NN/`.
 
     Raises:
         OSError, RuntimeError: a circle of links.
     """
     target, home = path.resolve(), folder.resolve()
-    return target.is_relative_to(home) or target.parent in _blob_folders(home)
-
-
-def _blob_folders(folder: Path) -> list[Path]:
-    """Return the `blobs` beside a `snapshots` that holds `folder`, which is resolved."""
-    tops = (parent.parent for parent in folder.parents if parent.name == "snapshots")
-    return [top / "blobs" for top in tops if (top / "blobs").is_dir()]
+    if target.is_relative_to(home):
+        return True
+    for snapshots in (parent for parent in home.parents if parent.name == "snapshots"):
+        model = snapshots.parent
+        shared = model.parent / "blobs"
+        is_shared = target.parent.parent == shared and (shared / SHARED_BLOBS_MARKER_NAME).is_file()
+        if target.parent == model / "blobs" or is_shared:
+            return True
+    return False

@@ -120,6 +120,15 @@ _MAY_CHANGE = (
     "checkpoint.",
 )
 
+# Digests of the teacher that runs begun before 2026-11-26 do not have: not held against those.
+_NOT_TOLD_AT_FIRST = (
+    "clip_settings",
+    "latent_size",
+    "taesd_settings",
+    "tokenizer_files",
+    "unet_settings",
+)
+
 
 def check_config(config: ConfigDict) -> None:
     """Refuse a config with keys missing or unknown, or values of another type or out of range.
@@ -246,6 +255,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
     for name in ("config", "teacher", "prompts"):
         was, is_now = before.get(name, {}), now[name]
         for key in {**was, **is_now}:
+            if name == "teacher" and key in _NOT_TOLD_AT_FIRST and key not in was:
+                continue
             if name != "config":
                 held[f"{name}: {key}"] = was.get(key), is_now.get(key)
             elif not key.startswith(free):

@@ -55,8 +55,10 @@ def digest_teacher(
         found["student"] = _digest(inspect_arrays(student)[0])
     if text_image is not None:
         pixels = [text_image.mean, text_image.std]
-        found["taesd"] = _network(text_image.taesd, frozen.taesd)
-        found["clip"] = _digest([_network(text_image.clip, frozen.clip), pixels])
+        found["taesd"] = _digest(inspect_arrays(frozen.taesd)[0])
+        found["taesd_settings"] = _digest(repr(text_image.taesd))
+        found["clip"] = _digest(inspect_arrays(frozen.clip)[0])
+        found["clip_settings"] = _digest([repr(text_image.clip), pixels])
     return found
 
 
