@@ -74,6 +74,8 @@ _LONG = (
     "reference/test_replay.py",
     "training/test_hosts_runs.py",
     "training/test_sharding.py",
+    "training/test_resume.py",
+    "training/test_step.py",
     "notebooks/",
     "parity/test_pipeline.py",
     "training/test_tpu_compile.py",

@@ -171,9 +171,10 @@ def ssh(homes: list[str], command: str, times: int) -> int:
     """
     codes: list[int] = []
     for _ in range(times):
-        started = [spawn(home, command) for home in homes]
+        started: list[int] = []
         codes = []
         try:
+            started.extend(spawn(home, command) for home in homes)
             while started:
                 codes.append(os.waitstatus_to_exitcode(os.waitpid(started[0], 0)[1]))
                 del started[0]
@@ -196,6 +197,7 @@ def spawn(home: str, command: str) -> int:
     }
     process = os.fork()
     if process == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # or one that comes before exec is lost
         os.chdir(home)
         os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
         os.execvpe("bash", ["bash", "-c", command], env)

@@ -8,8 +8,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tiue_jax.io.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
@@ -105,10 +109,11 @@ class Pod:
         return (self.worker().parent / f"{name}.log").read_text().splitlines()
 
     def world(self, **changes: Any) -> dict[str, Any]:
-        """Change what there is and what will happen."""
+        """Change what there is and what will happen; return it."""
         path = self.fake / "world.json"
         state = (json.loads(path.read_text()) if path.exists() else {}) | changes
-        path.write_text(json.dumps(state))
+        if changes:  # a stand-in may be reading it
+            write_atomic(path, json.dumps(state))
         return state
 
     def plan(self, *codes: Any) -> None:
@@ -145,6 +150,19 @@ class Pod:
         if code is not None:
             assert done.returncode == code, done.stdout + done.stderr
         return done
+
+    @contextmanager
+    def started(self, script: str, *args: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+        """Run a script on the settings file beside the test, and kill it where the test fails."""
+        line, common = self.command(script, *args, str(self.settings))
+        with subprocess.Popen(
+            line, **common, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            try:
+                yield process
+            except BaseException:
+                process.kill()
+                raise
 
     def calls(self) -> list[list[str]]:
         """The arguments of every call of gcloud, without the two words that all begin with."""

@@ -84,8 +84,7 @@ def test_a_failure_that_was_a_preemption_is_a_restart(pod: Pod) -> None:
     """The other workers fail with 1 when one is gone, before the state says so."""
     pod.plan(1, 0)
     pod.write(GRACE_SECONDS=30)
-    line, options = pod.command("train_pod", str(pod.settings))
-    with subprocess.Popen(line, **options, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+    with pod.started("train_pod") as run:
         wait_for(lambda: pod.actions()[-1:] == ["settle"])
         calls = len(pod.calls())
         wait_for(lambda: len(pod.calls()) > calls + 2)  # it asks for the state, and it is READY
@@ -170,11 +169,9 @@ def test_connections_that_are_lost_in_a_row_have_a_limit(impatient: Pod) -> None
 def test_a_second_stop_does_not_end_the_save(pod: Pod) -> None:
     """gcloud repeats an ssh that broke; to the training a second signal means not to save."""
     pod.plan("save", 0)
-    line, options = pod.command("train_pod", str(pod.settings))
-    stop, _ = pod.command("train_pod", "--stop", str(pod.settings))
-    with subprocess.Popen(line, **options, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+    with pod.started("train_pod") as run:
         wait_for(lambda: len(pod.training()) == 1 and pod.actions()[-1] == "follow")
-        with subprocess.Popen(stop, **options, stdout=subprocess.PIPE) as first:
+        with pod.started("train_pod", "--stop") as first:
             wait_for(lambda: "saves" in (pod.worker() / "log").read_text())
             second = pod.run("train_pod", "--stop", str(pod.settings))
             assert second.stdout == "tiue-worker stopped\n", "it waits for the end too"
@@ -187,8 +184,7 @@ def test_a_second_stop_does_not_end_the_save(pod: Pod) -> None:
 
 def test_a_stop_before_the_first_step_is_no_crash(pod: Pod) -> None:
     pod.plan("begin", 0)
-    line, options = pod.command("train_pod", str(pod.settings))
-    with subprocess.Popen(line, **options, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+    with pod.started("train_pod") as run:
         wait_for(lambda: len(pod.training()) == 1 and pod.actions()[-1] == "follow")
         wait_for(lambda: "step 1/2" in (pod.worker() / "log").read_text())
         time.sleep(0.5)  # it is past its last line then
@@ -201,19 +197,16 @@ def test_a_stop_before_the_first_step_is_no_crash(pod: Pod) -> None:
 
 def test_ctrl_c_leaves_the_training_and_stop_ends_it(pod: Pod) -> None:
     pod.plan("wait", 0)
-    line, options = pod.command("train_pod", str(pod.settings))
-    run = subprocess.Popen(
-        line, **options, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-    )
-    wait_for(lambda: len(pod.training()) == 1 and pod.actions()[-1] == "follow")
-    subprocess.run(["kill", "-INT", "--", f"-{run.pid}"], check=True)
-    _, errors = run.communicate(timeout=30)
+    with pod.started("train_pod", start_new_session=True) as run:
+        wait_for(lambda: len(pod.training()) == 1 and pod.actions()[-1] == "follow")
+        subprocess.run(["kill", "-INT", "--", f"-{run.pid}"], check=True)
+        _, errors = run.communicate(timeout=30)
     assert run.returncode == 130 and "the training goes on" in errors
     assert "running" in pod.run("status").stdout
     refused = pod.run("setup_tpu", code=2)
     assert "a training runs here, expected none" in refused.stderr
 
-    with subprocess.Popen(line, **options, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+    with pod.started("train_pod") as run:
         wait_for(lambda: pod.actions().count("follow") == 2)
         stopped = pod.run("train_pod", "--stop", str(pod.settings))
         _, errors = run.communicate(timeout=60)
