@@ -34,7 +34,12 @@ from tiue_jax.pretrained.parameters import ParamFile, to_device
 from tiue_jax.pretrained.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
-_SOURCES = ("vae_from", "text_encoder_from", "unet_from")
+_SOURCES = {  # stage, None for all -> the flags that name where its networks are from
+    None: ("vae_from", "text_encoder_from", "unet_from"),
+    "decoder": ("vae_from",),
+    "text_encoder": (),
+    "unet": ("vae_from", "text_encoder_from", "unet_from"),
+}
 CAPTIONS_PER_SCENE = 2  # the data set's, and others of the same scene
 
 
@@ -121,10 +126,7 @@ def main(argv: Sequence[str]) -> None:
         if not FLAGS.out:
             raise InputError("is missing", key="--out", expected="a folder to write the model to")
         require_free(FLAGS.out)
-    used = {None: _SOURCES, "decoder": _SOURCES[:1], "text_encoder": (), "unet": _SOURCES}[
-        FLAGS.only
-    ]
-    names = ("seed", "num_scenes", *used)
+    names = ("seed", "num_scenes", *_SOURCES[FLAGS.only])
     keep_settings(workdir / "settings.json", {name: FLAGS[name].value for name in names})
     networks, schedule = variant("tiny"), make_schedule()
     build_tokenizer(workdir / "tokenizer")

@@ -33,7 +33,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save
 
 from tiue_jax.io.errors import InputError
-from tiue_jax.io.files import StrPath, write_atomic
+from tiue_jax.io.files import StrPath, require_absent, write_atomic
 from tiue_jax.pretrained.folder import StableDiffusion
 from tiue_jax.pretrained.jsonfile import Fields, parse_object
 from tiue_jax.pretrained.links import require_inside
@@ -227,8 +227,7 @@ def save_lora(lora: Mapping[str, Any], alpha: float, target: StrPath) -> Path:
     """
     file = Path(target)
     file = file if file.suffix == ".safetensors" else file / FILE_NAME
-    if file.exists():
-        raise InputError("is there already", file=file, expected="a new file")
+    require_absent(file)
     flat = {path: np.asarray(leaf) for path, leaf in sorted(flatten_dict(dict(lora)).items())}
     names = {path[:-1]: torch_name((*path[:-1], "kernel")).rsplit(".", 1)[0] for path in flat}
     ranks = {leaf.shape[1 if path[-1] == "a" else 0] for path, leaf in flat.items()}
