@@ -73,6 +73,8 @@ def test_going_on_from_a_step_drops_what_came_later(tmp_path: Path):
     for step in (1, 2, 3, 4):
         first.write_scalars(step, {"loss": float(step)})
     first.close()
+    [events] = (tmp_path / "tensorboard").iterdir()  # read by name: second, host, process, number
+    events.rename(events.with_name("events.out.tfevents.0000000001.earlier"))
     second = Summaries(tmp_path, step=2)
     second.write_scalars(3, {"loss": 30.0})
     second.close()
