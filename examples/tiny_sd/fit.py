@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from optax import contrib
 from tqdm import tqdm
 
+from tiue_jax.io.errors import InputError, RunError
 from tiue_jax.io.files import write_atomic
 from tiue_jax.training.state import ema_decay, update_ema
 
@@ -80,6 +81,10 @@ def fit(
         batch_of: draws a batch; the generator depends on (seed, iteration) alone, so that a run
             that was interrupted goes on with the batches it would have had.
         iterations: in all, those of an interrupted run included.
+
+    Raises:
+        InputError: the state that is there cannot be read, or is of other parameters.
+        RunError: a number of the state is not finite; the state of before is kept.
     """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, min(200, iterations // 10 + 1), iterations, learning_rate * 0.01
@@ -88,7 +93,7 @@ def fit(
     state = FitState(params, params, chain.init(params), jnp.zeros((), jnp.int32))
     path = folder / f"{name}.msgpack"
     if path.exists():
-        state = jax.tree.map(jnp.asarray, serialization.from_bytes(state, path.read_bytes()))
+        state = _read_state(path, state)
     key = jax.random.key(seed)
 
     @jax.jit
@@ -110,6 +115,24 @@ def fit(
             bar.set_postfix({k: f"{float(v) / LOG_EVERY:.4f}" for k, v in sums.items()})
             sums = {}
         if (i + 1) % save_every == 0 or i + 1 == iterations:
+            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
+                raise RunError(f"{name}: not finite any more at iteration {i + 1}")
             write_atomic(path, serialization.to_bytes(state))
     print(f"{name}: iterations {start} to {iterations} in {time.monotonic() - began:.0f} s")
     return state.ema
+
+
+def _read_state(path: Path, like: FitState) -> FitState:
+    """Read a state that `fit` has kept."""
+    try:
+        state = serialization.from_bytes(like, path.read_bytes())
+    except (ValueError, KeyError, TypeError) as error:
+        what = "not the state of this training, or not whole; move it away to begin anew"
+        raise InputError(what, file=path) from error
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
+        if np.shape(old) != np.shape(new):
+            raise InputError(
+                "the state of other parameters; move it away to begin anew",
+                file=path, expected=np.shape(new), found=np.shape(old),
+            )  # fmt: skip
+    return jax.tree.map(jnp.asarray, state)

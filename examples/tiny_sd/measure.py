@@ -1,6 +1,6 @@
 """Measure a tiny-sd model: does a picture show what its caption asks for, and is the set lifelike?
 
-    python -m examples.tiny_sd.measure --model=assets/tiny-sd --teacher
+    python -m examples.tiny_sd.measure --model=assets/tiny-sd --teacher --guidance_scale=3
     python -m examples.tiny_sd.measure --model=assets/tiny-sd-tiue
     python -m examples.tiny_sd.measure --images=FOLDER       PNG files, by name in prompt order
     python -m examples.tiny_sd.measure --real                rendered scenes: the best there is
@@ -253,12 +253,12 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def read_images(folder: str | Path, number: int) -> np.ndarray:
-    """Read `number` 64x64 PNG files in the order of their names.
+    """Read `number` 64x64 PNG files in the order of their names; a grid.png is none of them.
 
     Raises:
         InputError: another number of files, one that is no picture, or one of another size.
     """
-    files = sorted(Path(folder).glob("*.png"))
+    files = sorted(f for f in Path(folder).glob("*.png") if f.name != "grid.png")
     if len(files) != number:
         raise InputError(
             "wrong number of PNG files", file=folder, expected=number, found=len(files)

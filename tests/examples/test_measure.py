@@ -163,6 +163,7 @@ def test_read_images_in_name_order(tmp_path):
     images = render(evaluation_set(3, 0)[0])
     for i in (2, 0, 1):
         Image.fromarray(images[i]).save(tmp_path / f"{i:03d}.png")
+    (tmp_path / "grid.png").write_bytes(b"of the sampling command")
     np.testing.assert_array_equal(read_images(tmp_path, 3), images)
     with pytest.raises(InputError, match="expected 4, found 3"):
         read_images(tmp_path, 4)

@@ -1,4 +1,4 @@
-"""The training of the embedded teacher: its parts, and two iterations of the whole."""
+"""The training of the embedded teacher: its parts, and the command whole, of few iterations."""
 
 import subprocess
 import sys
@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from flax import linen as nn
 from flax import serialization
 
 from examples.tiny_sd import fit as fit_module
+from examples.tiny_sd import train_teacher as train_teacher_module
 from examples.tiny_sd import train_text as train_text_module
 from examples.tiny_sd import train_vae as train_vae_module
-from examples.tiny_sd.builder import Examples
+from examples.tiny_sd.builder import Examples, build
 from examples.tiny_sd.captions import caption, describe
 from examples.tiny_sd.demo import draw_comparison
 from examples.tiny_sd.fit import fit, muon
@@ -22,9 +24,12 @@ from examples.tiny_sd.render import render
 from examples.tiny_sd.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, sample_scenes
 from examples.tiny_sd.tokenizer import build_tokenizer
 from examples.tiny_sd.train import (
+    FLAGS,
+    define_flags,
     keep_settings,
     latent_data,
     load_latents,
+    main,
     read_part,
     save_latents,
 )
@@ -33,10 +38,11 @@ from examples.tiny_sd.train_text import text_loss, train_text_encoder
 from examples.tiny_sd.train_vae import decoder_loss, encode, train_decoder, whiten
 from tests.conftest import ROOT
 from tiue_jax.diffusion.schedule import make_schedule
-from tiue_jax.io.errors import InputError
+from tiue_jax.io.errors import InputError, RunError
 from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.models.variants import Variant, variant
+from tiue_jax.pretrained.folder import load_stable_diffusion
 from tiue_jax.pretrained.tokenizer import Tokenizer
 
 VAE = AutoencoderKL(
@@ -298,6 +304,63 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(tmp_path, monkeypatch):
         with pytest.raises(Killed):
             run(tmp_path / "cut", 30)
     np.testing.assert_array_equal(run(tmp_path / "cut", 30), whole)
+
+
+def test_a_fit_that_is_not_finite_keeps_the_state_of_before(tmp_path):
+    def loss(params, batch, key):
+        value = jnp.where(batch > 2, jnp.nan, 1.0) * (params["x"] ** 2).sum()
+        return value, {"loss": value}
+
+    def go():
+        numbers = iter(range(6))
+        return fit(
+            "x", loss, {"x": jnp.ones(3)}, lambda rng: jnp.float32(next(numbers)),
+            iterations=6, learning_rate=0.1, folder=tmp_path, seed=0, save_every=2,
+        )  # fmt: skip
+
+    with pytest.raises(RunError, match="x: not finite any more at iteration 4"):
+        go()
+    kept = serialization.msgpack_restore((tmp_path / "x.msgpack").read_bytes())
+    assert kept["step"] == 2
+    assert np.isfinite(kept["params"]["x"]).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"cut", serialization.to_bytes({"a": 1})])
+def test_a_state_that_cannot_be_read_is_named(tmp_path, content: bytes):
+    (tmp_path / "toy.msgpack").write_bytes(content)
+    with pytest.raises(InputError, match=r"toy.msgpack: not the state of this training, or not"):
+        run(tmp_path, 30)
+
+
+def test_a_state_of_other_parameters_is_named(tmp_path):
+    run(tmp_path, 3)
+    state = serialization.msgpack_restore((tmp_path / "toy.msgpack").read_bytes())
+    name, value = next(iter(state["params"].items()))
+    state["params"][name] = np.zeros((*np.shape(value), 2), np.float32)
+    (tmp_path / "toy.msgpack").write_bytes(serialization.msgpack_serialize(state))
+    with pytest.raises(InputError, match="the state of other parameters"):
+        run(tmp_path, 30)
+
+
+@pytest.mark.slow  # compiles the four networks
+def test_the_command_makes_a_model_that_can_be_loaded(tmp_path, monkeypatch):
+    for module in (train_vae_module, train_text_module, train_teacher_module):
+        monkeypatch.setattr(module, "ITERATIONS", 2)
+    monkeypatch.setattr(train_vae_module, "DECODER_ITERATIONS", 2)
+    monkeypatch.setattr(train_text_module, "NUM_CAPTIONS", 100)
+    build(tmp_path / "work" / "data", 0.002)
+    flags = flagsaver.flagsaver(
+        workdir=str(tmp_path / "work"), out=str(tmp_path / "model"), num_scenes=100
+    )
+    define_flags()
+    FLAGS.mark_as_parsed()
+    with flags:
+        main([])
+    made = load_stable_diffusion(tmp_path / "model")
+    assert made.unet == variant("tiny").unet.clone(dtype=made.unet.dtype)
+    assert {"unet", "vae", "vae_decoder", "text_encoder"} == {
+        path.stem for path in (tmp_path / "work").glob("*.msgpack")
+    }
 
 
 def test_latent_data_has_captions_of_its_own_pictures(images, vae_params):
