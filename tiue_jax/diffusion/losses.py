@@ -21,23 +21,23 @@ def vsd_gradient(
     eps_lora: Float[Array, "b h w c"],
     sigma: Float[Array, "b 1 1 1"],
 ) -> Float[Array, "b h w c"]:
-    """g = nan_to_num(sigma_t^2 (e_T - e_L)): the direction in which x0 becomes less likely.
+    """g = sigma_t^2 (e_T - e_L): the direction in which x0 becomes less likely.
 
     Source: variational score distillation, arXiv 2305.16213 equation 9 with weight sigma_t^2, as
-    TiUE's public code has it; nan_to_num too is the source's.
+    TiUE's public code has it.
     """
     difference = eps_teacher.astype(jnp.float32) - eps_lora.astype(jnp.float32)
-    return jnp.nan_to_num(jnp.square(sigma) * difference)
+    return jnp.square(sigma) * difference
 
 
 def vsd_loss(
     x0: Float[Array, "b h w c"], score_gradient: Float[Array, "b h w c"]
 ) -> Float[Array, ""]:
-    """L_vsd = 0.5 mean((x0 - stop(x0 - g))^2), whose gradient by x0 is g / (b h w c).
+    """L_vsd = 0.5 mean((x0 - stop(x0 - nan_to_num(g)))^2), whose gradient by x0 is g / (b h w c).
 
-    Source: TiUE's public code, and DreamFusion's trick before it.
+    Source: TiUE's public code, its nan_to_num included, and DreamFusion's trick before it.
     """
-    target = jax.lax.stop_gradient(x0 - score_gradient)
+    target = jax.lax.stop_gradient(x0 - jnp.nan_to_num(score_gradient))
     return 0.5 * mean_square(x0 - target)
 
 

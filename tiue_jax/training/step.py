@@ -3,7 +3,7 @@
     z ~ N(0, I);   eps_1..K, x0 = student(z, y)
     t ~ U{20..980}, n ~ N(0, I);   x_t = alpha_t x0 + sigma_t n
     e_T = teacher(x_t, t, y),  e_L = (teacher + LoRA)(x_t, t, y)          both guided, no gradient
-    g = nan_to_num(sigma_t^2 (e_T - e_L));   L = 0.5 mean((x0 - stop(x0 - g))^2) + lambda KL(eps)
+    g = sigma_t^2 (e_T - e_L);   L = 0.5 mean((x0 - stop(x0 - nan_to_num(g)))^2) + lambda KL(eps)
                                                        (+ weight * L_clip; diffusion/text_image.py)
     student: clip, Adam;   moving average
     t ~ U{0..999}, fresh n, the x0 from BEFORE the student's update;   LoRA: clip, Adam on L_lora
@@ -201,7 +201,8 @@ def make_step(
                 "loss/student": total,
                 "loss/vsd": vsd,
                 "loss/kl": kl,
-                "vsd/gradient_rms": losses.mean_square(gradient),  # its root is taken below
+                # Of g as it is, so that a NaN is seen; its root is taken below.
+                "vsd/gradient_rms": losses.mean_square(gradient),
             }
             return total, (x0, terms)
 
