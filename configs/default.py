@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
     config.train.iterations = 66_503  # three epochs of JourneyDB's 1,418,723 captions
     config.train.batch_size = 64  # over all devices
     config.train.student_lr = 1e-6
-    config.train.student_lr_end = 1.0  # fraction of it at the last iteration, falling linearly
+    config.train.student_lr_end = 1.0  # fraction of it that it falls to, linearly
     config.train.lora_lr = 1e-3
     config.train.lora_warmup = 0  # first iterations, in which the LoRA teacher learns alone
     config.train.student_every = 1  # afterwards the student learns in every so-manieth iteration

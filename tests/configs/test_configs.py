@@ -1,6 +1,7 @@
 """Every config builds, holds the paper's values where it says so, and fits its model."""
 
 import importlib
+from dataclasses import fields
 from pathlib import Path
 
 import jax
@@ -14,11 +15,12 @@ from tiue_jax.diffusion.schedule import make_schedule
 from tiue_jax.io.errors import InputError
 from tiue_jax.models.variants import variant
 from tiue_jax.training.config import changes, check_config, flatten, step_options
+from tiue_jax.training.options import StepOptions
 from tiue_jax.training.state import Frozen, init_state
 from tiue_jax.training.step import make_step
 
 CONFIGS = sorted(p.stem for p in Path(default.__file__).parent.glob("*.py"))
-VARIANTS = {"sd15": "sd15", "sd21_base": "sd21_base", "tiny": "tiny"}
+VARIANTS = {"sd15": "sd15", "sd15_released": "sd15", "sd21_base": "sd21_base", "tiny": "tiny"}
 
 
 def load(name: str) -> ConfigDict:
@@ -65,9 +67,23 @@ def test_papers_values(name: str):
     assert round(3 * 1_418_723 / 64) == 66_503
 
 
+def test_what_the_released_weights_had_besides():
+    released, paper = flatten(load("sd15_released")), flatten(load("sd15"))
+    assert {key: value for key, value in released.items() if value != paper[key]} == {
+        "student.start": "runs/sd15/student",
+        "clip.tau": 0.35,
+        "clip.epochs": 8.0,
+        "train.iterations": 10_000,
+    }
+    assert paper["clip.tau"] == 0
+
+
 @pytest.mark.parametrize(
     "name",
-    ["tiny", *(pytest.param(c, marks=pytest.mark.slow) for c in ("sd15", "sd21_base"))],
+    [
+        "tiny",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ("sd15", "sd15_released", "sd21_base")),
+    ],
 )
 def test_every_config_shapes_a_step_of_its_model(name: str):
     config, model = load(name), variant(VARIANTS[name])
@@ -112,6 +128,8 @@ def test_every_config_shapes_a_step_of_its_model(name: str):
         ("mesh.data", 0, "[mesh.data]: not usable, expected -1 or at least 1, found 0"),
         ("log.validation_prompts", ("a", ""), "[log.validation_prompts]: not usable"),
         ("log.every", 0, "[log.every]: not usable, expected 1 to inf, found 0"),
+        ("lora.targets", (), "[lora.targets]: not usable, expected names of layers"),
+        ("lora.alpha", 0.0, "[lora.alpha]: not usable, expected 1e-09 to inf, found 0.0"),
         ("checkpoint.keep", 0, "[checkpoint.keep]: not usable, expected 1 to inf, found 0"),
         ("data.source", "", "[data.source]: not usable, expected where the prompts are"),
     ],
@@ -133,6 +151,38 @@ def test_keys_missing_and_unknown_are_refused():
     del config.train.batch_size
     with pytest.raises(InputError, match=r"\[train.batch_size\]: missing from the config"):
         check_config(config)
+
+
+def test_every_key_of_a_step_reaches_it():
+    config = load("tiny").copy_and_resolve_references()
+    values = {
+        "student.num_steps": 3, "student.timestep_spacing": "trailing",
+        "lora.rank": 5, "lora.alpha": 7.5, "lora.targets": ("to_k",),
+        "vsd.guidance_scale": 2.5, "vsd.lora_guidance_scale": 1.5,
+        "vsd.t_min": 30, "vsd.t_max": 900,
+        "kl.weight": 0.25, "kl.batch": 6,
+        "clip.tau": 0.5, "clip.weight": 0.75, "clip.epochs": 3.0,
+        "train.batch_size": 10, "train.student_lr": 3e-4, "train.student_lr_end": 1.0,
+        "train.lora_lr": 4e-4, "train.clip_grad_norm": 2.5, "train.lora_warmup": 9,
+        "train.student_every": 4, "train.null_prompt_prob": 0.3, "train.ema_max_decay": 0.75,
+        "train.accumulate": 2,
+    }  # fmt: skip
+    config.update_from_flattened_dict(values)
+    made = step_options(config, latent_size=16, num_prompts=25)
+    assert made == StepOptions(
+        num_steps=3, timestep_spacing="trailing", latent_size=16,
+        guidance_scale=2.5, lora_guidance_scale=1.5, vsd_t_min=30, vsd_t_max=900,
+        lambda_kl=0.25, kl_batch=6,
+        clip_tau=0.5, clip_weight=0.75, clip_iterations=8.0,  # 3 * 25 / 10, rounded up
+        student_lr=3e-4, lora_lr=4e-4, clip_grad_norm=2.5, lora_rank=5, lora_alpha=7.5,
+        lora_targets=("to_k",), lora_warmup=9, student_every=4, null_prompt_prob=0.3,
+        ema_max_decay=0.75, accumulate=2,
+    )  # fmt: skip
+    ordinary = step_options(load("default"), 64)
+    of_paper = {"timesteps", "t_enc", "adam_b1", "adam_b2", "adam_eps"}  # no keys; DESIGN's
+    for field in fields(StepOptions):
+        changed = getattr(made, field.name) != getattr(ordinary, field.name)
+        assert changed != (field.name in of_paper), field.name
 
 
 def test_options_that_contradict_each_other_are_refused():

@@ -96,6 +96,52 @@ def test_the_same_command_again_does_nothing(config, finished: Path, capfd, monk
     assert "step 4: nothing is left to do" in capfd.readouterr().err
 
 
+def test_a_run_that_is_done_keeps_what_it_was_by_fewer_iterations(config, finished: Path):
+    noted = (finished / "run.json").read_bytes()
+    config.train.iterations = 2
+    train(config, finished)
+    assert (finished / "run.json").read_bytes() == noted
+
+
+def test_data_and_seeds_reach_the_run(config, workdir: Path):
+    """The prompts' field, repeats and order; the draws of every iteration."""
+    rows = [{"said": {"as": text}} for text in (*PROMPTS, *PROMPTS[:2])]
+    workdir.mkdir()
+    file = workdir / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.data.source, config.data.field = str(file), "said.as"
+    config.train.iterations = 1
+
+    def first(number: int, **changed: Any) -> tuple[setup.Setup, float]:
+        config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changed.items()})
+        train(config, workdir / f"run{number}")
+        [line] = logged(workdir / f"run{number}")
+        return setup.set_up(config, lambda text: None), line["loss/lora"]
+
+    once, loss = first(0)
+    assert (len(once.prompts), once.prompts.repeats) == (len(PROMPTS), 2)
+    again, same = first(1)
+    assert loss == same
+    ids = [next(run.batches)["input_ids"] for run in (once, again)]
+    np.testing.assert_array_equal(*ids)
+    other, _ = first(2, data__shuffle_seed=7)
+    assert np.any(next(other.batches)["input_ids"] != ids[0])
+    kept, other_loss = first(3, data__deduplicate=False, seed=5)
+    assert (len(kept.prompts), kept.prompts.repeats) == (len(PROMPTS) + 2, 0)
+    assert other_loss != loss
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtypes_and_what_is_computed_again_reach_the_networks(config, toy: ToyStep, dtype: str):
+    config.train.compute_dtype, config.train.remat = dtype, "attention"
+    frozen = setup.set_up(config, lambda text: None).frozen
+    assert (toy.unet.remat, toy.unet.dtype) == ("attention", jnp.dtype(dtype))
+    assert {x.dtype for x in jax.tree.leaves(frozen.teacher)} == {jnp.dtype(dtype)}
+    config.train.teacher_dtype = "float32"
+    frozen = setup.set_up(config, lambda text: None).frozen
+    assert {x.dtype for x in jax.tree.leaves(frozen.teacher)} == {jnp.dtype("float32")}
+
+
 def test_a_longer_run_goes_on_and_keeps_the_earlier_student(config, finished: Path, workdir: Path):
     first = restore_params(finished)[1]
     config.train.iterations = 6
@@ -116,9 +162,16 @@ def test_in_the_warm_up_the_lora_learns_alone(config, finished: Path, workdir: P
     assert logged(workdir)[0]["loss/lora"] == logged(finished)[0]["loss/lora"]
 
 
-def test_the_student_can_learn_in_every_second_iteration(config, workdir: Path):
+def test_a_student_that_will_not_learn_is_told_of(config, workdir: Path, capfd):
+    config.train.lora_warmup = 4
+    train(config, workdir)
+    assert "warning: in 4 iterations the student learns in none" in capfd.readouterr().err
+
+
+def test_the_student_can_learn_in_every_second_iteration(config, workdir: Path, capfd):
     config.train.student_every = 2
     train(config, workdir)
+    assert "warning" not in capfd.readouterr().err
     assert ["loss/vsd" in line for line in logged(workdir)] == [False, True, False, True]
     assert all("loss/lora" in line for line in logged(workdir))
 

@@ -1,6 +1,7 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +76,11 @@ def test_going_on_from_a_step_drops_what_came_later(tmp_path: Path):
     first.close()
     [events] = (tmp_path / "tensorboard").iterdir()  # read by name: second, host, process, number
     events.rename(events.with_name("events.out.tfevents.0000000001.earlier"))
+    for name in ("00000002.png", "00000003.png", "00000004_teacher.png", "mine.png"):
+        (tmp_path / "images" / name).write_bytes(b"a picture")
     second = Summaries(tmp_path, step=2)
+    left = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert left == ["00000002.png", "mine.png"]
     second.write_scalars(3, {"loss": 30.0})
     second.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -98,7 +103,7 @@ def test_grid_is_near_to_a_square(count: int, shape: tuple[int, int]):
 
 def test_clock_counts_the_iterations_between_logs(monkeypatch: pytest.MonkeyPatch):
     now = iter([100.0, 130.0, 132.0, 136.0])
-    monkeypatch.setattr(summaries.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(summaries, "time", SimpleNamespace(monotonic=lambda: next(now)))
     clock = StepClock(0)
     assert clock.restart(1, wait_for={"loss": jnp.float32(0)}) == 30.0
     assert clock.lap(5) == 0.5
@@ -110,6 +115,15 @@ def test_progress_is_a_line_a_log_where_there_is_no_terminal(capfd: pytest.Captu
     progress.update(40, {"loss/vsd": 0.125, "loss/kl": 2.0, "grad_norm/lora": 1.0}, 0.5)
     progress.close()
     assert capfd.readouterr().err == "step 40/100  vsd 0.125  kl 2  0.5 s/step  00:30 left\n"
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch, capfd: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(summaries.sys.stderr, "isatty", lambda: True, raising=False)
+    progress = Progress(100, 20)
+    progress.update(40, {"loss/vsd": 0.125, "loss/kl": 2.0, "grad_norm/lora": 1.0}, 0.5)
+    progress.close()
+    shown = capfd.readouterr().err.split("\r")[-1]
+    assert "40%|" in shown and " 40/100 [" in shown and "step/s, vsd=0.125, kl=2]" in shown
 
 
 def test_progress_leaves_out_a_time_that_is_not_known(capfd: pytest.CaptureFixture[str]):

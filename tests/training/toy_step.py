@@ -23,6 +23,7 @@ class ToyStep:
         self.nan_at = nan_at
         self.options: Any = None
         self.text_image: Any = None
+        self.unet: Any = None
 
     def __call__(
         self,
@@ -34,7 +35,7 @@ class ToyStep:
         text_image: Any = None,
         lora_only: bool = False,
     ):
-        self.options, self.text_image = options, text_image or self.text_image
+        self.unet, self.options, self.text_image = unet, options, text_image or self.text_image
 
         def step(state: Any, frozen: Any, input_ids: jax.Array, key: jax.Array):
             noise = jax.random.normal(jax.random.fold_in(key, state.step))

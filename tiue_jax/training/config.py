@@ -44,7 +44,7 @@ _INTEGERS: dict[str, tuple[float, float]] = {
     "checkpoint.keep": (1, _INFINITY),
 }
 _NUMBERS: dict[str, tuple[float, float]] = {
-    "lora.alpha": (0, _INFINITY),
+    "lora.alpha": (1e-9, _INFINITY),
     "vsd.guidance_scale": (0, _INFINITY),
     "vsd.lora_guidance_scale": (0, _INFINITY),
     "kl.weight": (0, _INFINITY),
@@ -154,6 +154,7 @@ def check_config(config: ConfigDict) -> None:
         _require(key, values[key], f"one of {', '.join(choices)}", choices.__contains__)
     for key, meaning in _NOT_EMPTY.items():
         _require(key, values[key], f"{meaning}: --config.{key}=...", bool)
+    _require("lora.targets", values["lora.targets"], "names of layers: to_q, to_v, ...", bool)
     for key in ("mesh.data", "mesh.fsdp"):
         _require(key, values[key], "-1 or at least 1", lambda v: v != 0)
 

@@ -70,7 +70,8 @@ def train(config: ConfigDict, workdir: Path, hosts: Hosts = ALONE) -> None:
             refuse_changes(read_run(workdir), run.description, workdir)
         state = run.start(key_init) if found is None else found.state
         start = 0 if found is None else found.step
-        write_run(workdir, run.description)
+        if found is None or start < end or not noted:  # else what is noted is what was done
+            write_run(workdir, run.description)
         _announce(run, state, start, end)
 
         # ---- What it tells -------------------------------------------------------------------
@@ -155,6 +156,11 @@ def _announce(run: Setup, state: TrainState, start: int, end: int) -> None:
     begun = run.description["config"]["student.start"] or "the teacher"
     whence = f"from {begun}" if start == 0 else f"resumed from step {start}"
     say(f"{whence}, to step {end}" if start < end else f"step {start}: nothing is left to do")
+    if start < end and run.options.student_updates(end) < 1:
+        say(
+            f"warning: in {end} iterations the student learns in none: they are the LoRA's alone "
+            "(train.lora_warmup, train.student_every)"
+        )
 
 
 def _export(run: Setup, state: TrainState, workdir: Path, training: dict[str, Any]) -> None:

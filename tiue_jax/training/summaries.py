@@ -121,6 +121,9 @@ class Summaries:
             return
         self._images = workdir / IMAGES_FOLDER
         self._images.mkdir(exist_ok=True)
+        for picture in self._images.glob("[0-9]" * 8 + "*.png"):
+            if int(picture.name[:8]) > step:
+                picture.unlink()
         path = workdir / METRICS_FILE
         _drop_later(path, step)
         self._lines: TextIO = path.open("a", encoding="utf-8")
