@@ -18,7 +18,7 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest $(ARGS)
 # Compiled programs are kept for the next time; XLA's C++ log shows errors only.
 JAX_ENV := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache TF_CPP_MIN_LOG_LEVEL=2
-# The tests that need neither torch nor a large compilation.
+# The tests that need no large compilation.
 FAST := $(wildcard tests/test_house.py tests/io tests/data tests/diffusion tests/evaluation)
 
 .PHONY: help demo test check slow clean

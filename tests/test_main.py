@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,10 +184,6 @@ def test_help_teaches(answers: dict[str, tuple]):
     assert (code, err) == (0, "")
     for told in ("--config.train.batch_size=16", "--workdir", "resume", "configs/default.py", "75"):
         assert told in out
-
-
-def test_main_is_flags_and_wiring_only():
-    assert len((Path(ROOT) / "tiue_jax" / "main.py").read_text().splitlines()) < 100
 
 
 def test_the_effort_reaches_the_compiler() -> None:

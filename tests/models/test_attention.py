@@ -15,6 +15,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
+from tests.conftest import in_ci
 from tests.diffusion.small import TOKENS, WIDTH, small_unet
 from tiue_jax.diffusion.student import student_forward
 from tiue_jax.models.attention import (
@@ -199,7 +200,9 @@ def test_a_student_in_the_context_of_a_mesh_gathers_nothing() -> None:
     assert not any(kind in text for kind in KINDS)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None and not in_ci(), reason="libtpu is not installed"
+)
 def test_a_tpu_gets_the_kernel_and_gathers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled here for 8 TPUs: encoder-like and student-like attention, with gradients."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
