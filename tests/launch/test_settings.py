@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.pod import LAUNCH, SCRIPTS, SETTINGS, TOKEN, Pod
+from tests.launch.pod import LAUNCH, PATIENCE, SCRIPTS, SETTINGS, TOKEN, Pod
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -49,7 +49,9 @@ def printed_with_newlines(text: str) -> list[list[str]]:
     """As `printed`, where %q wrote $'...' for an argument with a line end."""
     lines = [line[2:] for line in text.splitlines() if line.startswith("+ ")]
     script = "".join(f"printf '%s\\0' {line}; printf '\\1'; " for line in lines)
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=True, timeout=PATIENCE
+    )
     return [call.split("\0")[3:-1] for call in done.stdout.split("\1")[:-1]]
 
 
@@ -185,6 +187,6 @@ def test_without_gcloud_it_says_so(pod: Pod) -> None:
         (tools / name).symlink_to(Path(shutil.which(name) or name))
     line, options = pod.command("create_tpu", str(pod.settings))
     options["env"]["PATH"] = str(tools)
-    done = subprocess.run(line, **options, capture_output=True, check=False)
+    done = subprocess.run(line, **options, capture_output=True, check=False, timeout=PATIENCE)
     assert done.returncode == 2
     assert done.stderr == "error: [gcloud]: is not on PATH, expected the Google Cloud CLI\n"

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.launch.pod import GCSFUSE, UV, Pod
+from tests.launch.pod import GCSFUSE, PATIENCE, UV, Pod
 
 
 def test_setup_copies_what_git_tracks_and_keeps_it(pod: Pod) -> None:
@@ -183,9 +183,10 @@ def test_two_setups_at_once_are_one_after_the_other(pod: Pod) -> None:
 
 def test_what_a_setup_leaves_running_does_not_hold_its_lock(pod: Pod) -> None:
     pod.run("create_tpu")
-    stays = 'sleep 60 >/dev/null 2>&1 &\necho $! >"$HOME/daemon"'
+    stays = 'sleep 600 >/dev/null 2>&1 &\necho $! >"$HOME/daemon"'
     pod.tool("gcsfuse", f"{GCSFUSE}\n{stays}")
     pod.run("setup_tpu")
-    free = subprocess.run(["flock", "-n", str(pod.worker() / "setup.lock"), "true"], check=False)
+    flock = ["flock", "-n", str(pod.worker() / "setup.lock"), "true"]
+    free = subprocess.run(flock, check=False, timeout=PATIENCE)
     os.kill(int((pod.worker().parent / "daemon").read_text()), signal.SIGKILL)
     assert free.returncode == 0

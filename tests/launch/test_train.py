@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.fake_gcloud import end_run
-from tests.launch.pod import TOKEN, Pod
+from tests.launch.pod import PATIENCE, TOKEN, Pod
 
 HOSTILE = [
     "--config.a=two  words",
@@ -26,7 +26,7 @@ HOSTILE = [
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, "waited for too long"
         time.sleep(0.05)
@@ -83,13 +83,13 @@ def test_a_preempted_worker_leads_to_a_restart(pod: Pod) -> None:
 def test_a_failure_that_was_a_preemption_is_a_restart(pod: Pod) -> None:
     """The other workers fail with 1 when one is gone, before the state says so."""
     pod.plan(1, 0)
-    pod.write(GRACE_SECONDS=30)
+    pod.write(GRACE_SECONDS=PATIENCE)
     with pod.started("train_pod") as run:
         wait_for(lambda: pod.actions()[-1:] == ["settle"])
         calls = len(pod.calls())
         wait_for(lambda: len(pod.calls()) > calls + 2)  # it asks for the state, and it is READY
         (pod.fake / "preempt").touch()
-        _, errors = run.communicate(timeout=60)
+        _, errors = run.communicate(timeout=PATIENCE)
     assert run.returncode == 0, errors
     assert "the TPU is gone" in errors and pod.actions().count("create") == 2
 
@@ -169,17 +169,27 @@ def test_connections_that_are_lost_in_a_row_have_a_limit(impatient: Pod) -> None
 def test_a_second_stop_does_not_end_the_save(pod: Pod) -> None:
     """gcloud repeats an ssh that broke; to the training a second signal means not to save."""
     pod.plan("save", 0)
+    pod.tool("sleep", 'echo "$1 $PPID" >>"$HOME/waiting"; exec /usr/bin/sleep "$@"')
     with pod.started("train_pod") as run:
         wait_for(lambda: len(pod.training()) == 1 and pod.actions()[-1] == "follow")
         with pod.started("train_pod", "--stop") as first:
             wait_for(lambda: "saves" in (pod.worker() / "log").read_text())
-            second = pod.run("train_pod", "--stop", str(pod.settings))
-            assert second.stdout == "tiue-worker stopped\n", "it waits for the end too"
-            assert first.communicate(timeout=30)[0] == "tiue-worker stopped\n"
-        _, errors = run.communicate(timeout=60)
+            with pod.started("train_pod", "--stop") as second:
+                wait_for(lambda: stops_waiting(pod) == 2 or (pod.worker() / "code").exists())
+                (pod.fake / "may_end").touch()
+                for stop in (first, second):  # both until the end
+                    assert stop.communicate(timeout=PATIENCE)[0] == "tiue-worker stopped\n"
+        _, errors = run.communicate(timeout=PATIENCE)
     assert (pod.worker() / "code").read_text() == "75\n", "it has saved"
     assert run.returncode == 75 and "stopped; the same command goes on" in errors
     assert len(pod.training()) == 1, "and is not started again"
+
+
+def stops_waiting(pod: Pod) -> int:
+    """How many have looked for a run, have signalled or not, and wait for its end."""
+    waiting = pod.worker().parent / "waiting"
+    lines = set(waiting.read_text().splitlines()) if waiting.exists() else set()
+    return sum(line.startswith("0.2 ") for line in lines)  # others than `await` sleep otherwise
 
 
 def test_a_stop_before_the_first_step_is_no_crash(pod: Pod) -> None:
@@ -187,9 +197,8 @@ def test_a_stop_before_the_first_step_is_no_crash(pod: Pod) -> None:
     with pod.started("train_pod") as run:
         wait_for(lambda: len(pod.training()) == 1 and pod.actions()[-1] == "follow")
         wait_for(lambda: "step 1/2" in (pod.worker() / "log").read_text())
-        time.sleep(0.5)  # it is past its last line then
         assert pod.run("train_pod", "--stop", str(pod.settings)).stdout == "tiue-worker stopped\n"
-        _, errors = run.communicate(timeout=60)
+        _, errors = run.communicate(timeout=PATIENCE)
     assert (pod.worker() / "code").read_text() == "143\n"
     assert run.returncode == 75 and "the same command goes on" in errors
     assert len(pod.training()) == 1, "and is not started again"
@@ -199,8 +208,8 @@ def test_ctrl_c_leaves_the_training_and_stop_ends_it(pod: Pod) -> None:
     pod.plan("wait", 0)
     with pod.started("train_pod", start_new_session=True) as run:
         wait_for(lambda: len(pod.training()) == 1 and pod.actions()[-1] == "follow")
-        subprocess.run(["kill", "-INT", "--", f"-{run.pid}"], check=True)
-        _, errors = run.communicate(timeout=30)
+        subprocess.run(["kill", "-INT", "--", f"-{run.pid}"], check=True, timeout=PATIENCE)
+        _, errors = run.communicate(timeout=PATIENCE)
     assert run.returncode == 130 and "the training goes on" in errors
     assert "running" in pod.run("status").stdout
     refused = pod.run("setup_tpu", code=2)
@@ -209,7 +218,7 @@ def test_ctrl_c_leaves_the_training_and_stop_ends_it(pod: Pod) -> None:
     with pod.started("train_pod") as run:
         wait_for(lambda: pod.actions().count("follow") == 2)
         stopped = pod.run("train_pod", "--stop", str(pod.settings))
-        _, errors = run.communicate(timeout=60)
+        _, errors = run.communicate(timeout=PATIENCE)
     assert stopped.stdout == "tiue-worker stopped\n"
     assert run.returncode == 75 and "stopped; the same command goes on" in errors
     assert len(pod.training()) == 1, "joined, not started"
@@ -232,16 +241,18 @@ def test_a_restarted_machine_is_set_up_and_started_again(pod: Pod) -> None:
     pod.run("train_pod")
     here = pod.worker()
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    with subprocess.Popen(["sleep", "60"], start_new_session=True) as stranger:
-        (here / "code").unlink()
-        (here / "pid").write_text(f"{stranger.pid} another-boot\n")
-        assert "training on worker 0: lost" in pod.run("status").stdout
-        (here / "pid").write_text(f"{stranger.pid} {boot}\n")  # even then it is not signalled
-        on_worker = ["bash", str(here / "on_worker.sh"), "stop", "0"]
-        environment = {"HOME": str(here.parent), "PATH": "/usr/bin:/bin"}
-        subprocess.run(on_worker, env=environment, check=False, capture_output=True, timeout=30)
-        assert stranger.poll() is None, "a stranger was signalled"
-        stranger.kill()
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as stranger:
+        try:
+            (here / "code").unlink()
+            (here / "pid").write_text(f"{stranger.pid} another-boot\n")
+            assert "training on worker 0: lost" in pod.run("status").stdout
+            (here / "pid").write_text(f"{stranger.pid} {boot}\n")  # even then it is not signalled
+            stop = ["bash", str(here / "on_worker.sh"), "stop", "0"]
+            env = {"HOME": str(here.parent), "PATH": "/usr/bin:/bin"}
+            subprocess.run(stop, env=env, check=False, capture_output=True, timeout=PATIENCE)
+            assert stranger.poll() is None, "a stranger was signalled"
+        finally:
+            stranger.kill()
     (here / "pid").write_text(f"{stranger.pid} another-boot\n")
     (here.parent / "gcs" / "bucket").unlink()
     pod.run("train_pod")

@@ -1,10 +1,16 @@
-"""What a test's config file does to the process that reads it: a quick step, and accidents."""
+"""What a test's config file does to the process that reads it: a quick step, and accidents.
+
+And the port where the processes meet.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 import resource
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +23,25 @@ from tests.training.tiny_run import make_config
 from tests.training.toy_step import ToyStep, without_adam
 from tiue_jax.data.pipeline import CutReport
 from tiue_jax.training import setup, summaries
+
+PATIENCE = 600  # seconds that a host waits before it fails
+
+
+def free_port() -> int:
+    """A port of this machine that nobody has.
+
+    Below those from which the kernel takes one for whoever asks for any (ip_local_port_range): it
+    is bound seconds later, and would else be another process's by then.
+    """
+    for _ in range(100):
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with socket.socket() as tried:
+            try:
+                tried.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("100 ports, and all are taken")
 
 
 def configure(folder: Path) -> ConfigDict:
@@ -102,8 +127,27 @@ def sleep(seconds: float) -> Callable[[], None]:
     return lambda: time.sleep(seconds)
 
 
+def until(true: Callable[[], bool]) -> Callable[[], None]:
+    """Wait until something is true."""
+
+    def wait() -> None:
+        end = time.monotonic() + PATIENCE
+        while not true():
+            if time.monotonic() > end:
+                raise TimeoutError(f"waited for {PATIENCE} s")
+            time.sleep(0.05)
+
+    return wait
+
+
+def agreed() -> bool:
+    """Whether the hosts know the step at which they stop: what finds it is a thread that ends."""
+    return all(thread.name != "preemption" for thread in threading.enumerate())
+
+
 __all__ = [
     "Path",
+    "agreed",
     "at_step",
     "before_steps",
     "configure",
@@ -114,5 +158,6 @@ __all__ = [
     "signal",
     "sleep",
     "tell",
+    "until",
     "use_toy_step",
 ]

@@ -83,7 +83,7 @@ def save(workdir: Path, state: TrainState, batches: Any, hosts: Hosts = ALONE) -
 
 def main(coordinator: str, count: str, index: str, source: str, destination: str) -> None:
     with join(
-        coordinator=coordinator, num_processes=int(count), process_id=int(index), timeout=20.0
+        coordinator=coordinator, num_processes=int(count), process_id=int(index), timeout=60.0
     ) as hosts:
         found, batches = restore(Path(source), hosts)
         assert found is not None

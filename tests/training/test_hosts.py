@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests.training import reshard
+from tests.training.host_hooks import free_port
 from tests.training.tiny_run import ROOT, slurm_environment
 from tiue_jax.data.pipeline import position
 from tiue_jax.io.errors import InputError
@@ -96,17 +97,20 @@ def join_apart(
         )
         for env in environments or ({},)
     ]  # fmt: skip
-    texts = [process.communicate(timeout=300) for process in processes]
+    try:
+        texts = [process.communicate(timeout=300) for process in processes]
+    finally:
+        end(processes)
     return [
         (process.returncode, (err if process.returncode else out).splitlines()[-1])
         for process, (out, err) in zip(processes, texts, strict=True)
     ]
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def end(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -125,7 +129,7 @@ def test_an_environment_without_a_cluster_is_refused():
 def test_a_cluster_may_have_one_host():
     """--multihost on a slice of one host, or a batch job of one task."""
     slurm = slurm_environment(0, 1, free_port())
-    assert join_apart(slurm, multihost=True) == [(0, "0 1 [7]")]
+    assert join_apart(slurm, multihost=True, within=60) == [(0, "0 1 [7]")]
 
 
 TWO = [(0, "0 2 [7, 7]"), (0, "1 2 [7, 7]")]
@@ -180,8 +184,10 @@ def metadata_server(attributes: dict[str, str]) -> Iterator[str]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        yield f"127.0.0.1:{server.server_port}"
-        server.shutdown()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
 
 def test_a_port_that_is_taken_is_refused():
@@ -293,9 +299,7 @@ def two_hosts(*arguments: object) -> Iterator[list[subprocess.Popen[str]]]:
     try:
         yield processes
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        end(processes)
 
 
 def digests(workdir: Path) -> dict[str, int]:
