@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -16,6 +14,7 @@ from PIL import Image
 
 from tests import xla
 from tests.training.tiny_run import ROOT, make_prompts, make_teacher
+from tests.training.toy_step import logged
 from tiue_jax.training.checkpoint import restore_params
 
 STEPS, WARM_UP = 20, 2  # and after it the student learns in every second step
@@ -31,47 +30,35 @@ class Command:
         make_teacher(folder / "teacher")
         make_prompts(folder / "prompts.txt")
         self.config.write_text(
-            "from pathlib import Path\n"
+            "import os\n"
+            "from tests.training.host_hooks import Path, at_step, signal, tell, until\n"
             "from tests.training.tiny_run import make_config\n"
             f"def get_config():\n"
             f"    folder = Path({str(folder)!r})\n"
             "    config = make_config(folder / 'teacher', folder / 'prompts.txt')\n"
             f"    config.train.lora_warmup = {WARM_UP}\n"
             "    config.train.student_every = 2\n"
+            "    exec(os.environ['ACCIDENT'])\n"
             "    return config\n"
         )
 
-    def start(self, workdir: str, *flags: str) -> subprocess.Popen[str]:
+    def run(self, workdir: str, *flags: str, accident: str = "") -> tuple[int, str]:
+        """Exit code and standard error of a run to which something happens: code of host_hooks."""
         env = os.environ | {
+            "ACCIDENT": accident,
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": xla.FLAGS,
             "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        return subprocess.Popen(
+        done = subprocess.run(
             [
                 sys.executable, "-m", "tiue_jax.main", f"--config={self.config}",
                 f"--workdir={self.folder / workdir}", f"--config.train.iterations={STEPS}", *flags,
             ],
-            cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=False,
         )  # fmt: skip
-
-    def finish(self, process: subprocess.Popen[str]) -> tuple[int, str]:
-        _, said = process.communicate(timeout=PATIENCE)
-        return process.returncode, said
-
-    def run(self, workdir: str, *flags: str) -> tuple[int, str]:
-        return self.finish(self.start(workdir, *flags))
-
-    def interrupt(self, workdir: str, number: int, when: Callable[[Path], bool]) -> tuple[int, str]:
-        """Start, send a signal as soon as `when(workdir)` holds, return exit code and stderr."""
-        process = self.start(workdir)
-        started = time.monotonic()
-        while process.poll() is None and not when(self.folder / workdir):
-            assert time.monotonic() - started < PATIENCE
-            time.sleep(0.005)
-        process.send_signal(number)
-        return self.finish(process)
+        return done.returncode, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -85,19 +72,6 @@ def whole(command: Command) -> Path:
     code, said = command.run("whole")
     assert code == 0, said
     return command.folder / "whole"
-
-
-def logged(workdir: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
-
-
-def has_logged(step: int) -> Callable[[Path], bool]:
-    def when(workdir: Path) -> bool:
-        file = workdir / "metrics.jsonl"
-        return file.exists() and f'{{"step": {step},' in file.read_text()
-
-    return when
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -136,23 +110,20 @@ def test_training_moves_student_and_lora(whole: Path):
 
 def test_ten_steps_kill_9_resume_are_twenty_steps_bit_for_bit(command: Command, whole: Path):
     """Nine prompts in batches of four: the epoch's edges lie within batches 3, 5, 7, ..."""
-    committed = "checkpoints/10/commit_success.txt"
-
-    def ten_saved(workdir: Path) -> bool:
-        return (workdir / committed).exists() or has_logged(STEPS - 2)(workdir)
-
-    code, said = command.interrupt("killed", signal.SIGKILL, ten_saved)
-    assert code == -signal.SIGKILL, said
     workdir = command.folder / "killed"
+    committed = workdir / "checkpoints" / "10" / "commit_success.txt"
+    ten_saved = f"at_step(12, until(Path({str(committed)!r}).exists))"
+    code, said = command.run("killed", accident=f"{ten_saved}; at_step(12, tell(signal.SIGKILL))")
+    assert code == -signal.SIGKILL, said
     assert not (workdir / "student").exists()
     code, said = command.run("killed")
     assert code == 0, said
-    assert "resumed from step" in said
+    assert "resumed from step 10, to step 20" in said
     assert_same_run(workdir, whole)
 
 
 def test_sigterm_saves_exits_75_and_resumes_bit_for_bit(command: Command, whole: Path):
-    code, said = command.interrupt("told", signal.SIGTERM, has_logged(2))
+    code, said = command.run("told", accident="at_step(3, tell(signal.SIGTERM))")
     assert code == 75, said
     assert said.strip().splitlines()[-1].startswith("error: told to stop; saved step ")
     workdir = command.folder / "told"
