@@ -97,12 +97,18 @@ def test_a_teacher_s_images_of_a_file_of_prompts(tmp_path):
         assert (apart <= 1) == same  # another order of summation, as above
 
 
-def test_ctrl_c_leaves_the_images_that_were_made(tmp_path):
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGINT], [signal.SIGTERM] * 2],  # timeout(1) sends its own twice
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_a_signal_leaves_the_images_that_were_made(tmp_path, signals):
     flags = (f"--model={MODEL}", "--method=tiue", "--num_steps=2", "--batch_size=1")
     with start(*flags, "--prompt=sky", "--num_images=10000", cwd=tmp_path) as process:
         while len(list(tmp_path.glob("samples/.*/*.png"))) < 3 and process.poll() is None:
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        for number in signals:
+            process.send_signal(number)
         out, err = process.communicate()
     assert (process.returncode, out) == (130, "")
     told = json.loads((tmp_path / "samples" / "000" / "samples.json").read_text())
@@ -114,6 +120,31 @@ def test_ctrl_c_leaves_the_images_that_were_made(tmp_path):
     note = f"samples/000: {len(told['images'])} of 10000 images were made"
     assert err.splitlines()[-2:] == [note, "error: interrupted"]
     assert [f.name for f in (tmp_path / "samples").iterdir()] == ["000"]
+
+
+def test_sigterm_before_the_first_image_leaves_nothing(tmp_path):
+    with start(f"--model={MODEL}", "--method=tiue", "--prompt=sky", cwd=tmp_path) as process:
+        while not list(tmp_path.glob("samples/.*")) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate()
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "error: interrupted"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_field_of_a_prompt_file_and_the_spacing_of_timesteps(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"Task2": {"Caption": "a red cube"}}\n')
+    flags = [f"--model={MODEL}", "--method=tiue", "--num_steps=1", "--timestep_spacing=trailing"]
+    flags += ["--prompt_file=p.jsonl", "--out=made"]
+    result = sample(*flags, "--prompt_field=Task2.Caption", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    told = json.loads((tmp_path / "made" / "samples.json").read_text())
+    assert told["images"][0]["prompt"] == "a red cube"
+    named = {"prompt_field": "Task2.Caption", "timestep_spacing": "trailing"}
+    assert told["settings"].items() >= named.items()
+    result = sample(*flags, cwd=tmp_path)
+    refused(result, "p.jsonl:1 [prompt]: field is missing, expected what --prompt_field names")
 
 
 def test_an_earlier_result_is_never_overwritten(tmp_path):
@@ -169,6 +200,18 @@ def test_a_prompt_that_is_cut_is_told_of_once(tmp_path):
             ["--negative_prompt", "turbo without guidance"],
         ),
         (
+            [f"--model={MODEL}", "--prompt=sky", "--method=one-step", "--timestep_spacing=leading"],
+            ["[--timestep_spacing]: ", "one-step has timesteps of its own"],
+        ),
+        (
+            [f"--model={MODEL}", "--prompt=sky", "--teacher", "--timestep_spacing=log"],
+            ["[--timestep_spacing]: ", "leading|trailing|linspace"],
+        ),
+        (
+            [f"--model={MODEL}", "--prompt=sky", "--prompt_field=text"],
+            ["[--prompt_file]: no prompt source is given"],
+        ),
+        (
             [f"--model={MODEL}", "--prompt=sky", "--method=turbo", "--teacher"],
             ["--method", "contradicts --teacher"],
         ),
@@ -214,7 +257,14 @@ def test_help_teaches():
     result = sample("--help")
     assert result.returncode == 0
     grid = f"grid.png of the first {GRID_IMAGES}"
-    for part in ("--teacher", "--num_images", grid, "python -m tiue_jax.sample"):
+    for part in (
+        "--teacher",
+        "--num_images",
+        grid,
+        "1/255",
+        "SIGTERM",
+        "python -m tiue_jax.sample",
+    ):
         assert part in result.stdout
     text = " ".join(result.stdout.split())
     assert ", ".join(f"{name} {m.num_steps}" for name, m in METHODS.items()) in text

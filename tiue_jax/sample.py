@@ -16,9 +16,9 @@ SD-Turbo's trailing Euler scheduler); where they do not say, choose:
 
 --out is a new folder: a PNG file an image, grid.png of the first 64, and samples.json with the
 prompt and the seed of each. Image number i (from 0, over all prompts) has the seed --seed + i and
-depends on its prompt and that seed alone, not on the batch or the number of devices: the same
---seed makes it again. Ctrl-C, or an error half-way, leaves a folder of the images that were made,
-with "complete": false in samples.json.
+depends on its prompt and that seed alone: the same --seed makes it again, in any batch and on any
+number of devices, up to rounding (at most 1/255 in a few bytes). Ctrl-C or SIGTERM (exit code 130),
+or an error, half-way leaves the images that were made, with "complete": false in samples.json.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from absl import flags
 
 from tiue_jax.data.prompts import load_prompts, require_text
 from tiue_jax.io.errors import InputError, run_command
 from tiue_jax.io.files import hidden_folder, new_folder, take_number
-from tiue_jax.io.images import GRID_IMAGES, SampleFolder
+from tiue_jax.io.images import GRID_IMAGES, MAX_IMAGES, SampleFolder, stop_as_by_ctrl_c
 from tiue_jax.pretrained import model_flags, sampling_flags
 from tiue_jax.pretrained.pipeline import MAX_SEED
 from tiue_jax.pretrained.sampling_flags import sample_by_flags
@@ -43,10 +44,10 @@ flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(sampling_flags)
 flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
 flags.DEFINE_string("prompt_file", None, "Prompts, one a line (or .jsonl, .json: see configs).")
+flags.DEFINE_string("prompt_field", "", "Where in a JSON object a prompt is; A.B is B in A.")
 flags.DEFINE_string("out", None, "Folder to write: new or empty. By default samples/000 and on.")
 flags.DEFINE_integer("seed", 0, "Seed of the first image.", 0, MAX_SEED)
 flags.DEFINE_integer("num_images", 1, "Images per prompt.", 1)
-MAX_IMAGES = 100_000  # a file's number has five digits
 
 
 def main(argv: Sequence[str]) -> None:
@@ -58,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
     if not FLAGS.prompt and not FLAGS.prompt_file:
         raise InputError("is required (or --prompt_file); see --help", key="--prompt")
     prompts, seeds = _prompts_and_seeds()
+    stop_as_by_ctrl_c()
     settings = {f.name: f.value for f in FLAGS.get_key_flags_for_module(sys.modules[__name__])}
     began = time.monotonic()
     with new_folder(FLAGS.out) if FLAGS.out else hidden_folder("samples") as folder:
@@ -81,16 +83,16 @@ def _prompts_and_seeds() -> tuple[list[str], range]:
     for prompt in prompts:
         require_text(prompt, key="--prompt")
     require_text(FLAGS.negative_prompt or "", key="--negative_prompt")
-    if FLAGS.prompt_file:
-        prompts += load_prompts(FLAGS.prompt_file, key="--prompt_file").texts
-    total = len(prompts) * FLAGS.num_images
+    if FLAGS.prompt_file or FLAGS.prompt_field:
+        load = partial(load_prompts, key="--prompt_file", field_key="--prompt_field")
+        prompts += load(FLAGS.prompt_file or "", field=FLAGS.prompt_field).texts
+    total, first = len(prompts) * FLAGS.num_images, FLAGS.seed
     if total > MAX_IMAGES:
         expected = f"at most {MAX_IMAGES} over all prompts"
         raise InputError("too many images", key="--num_images", expected=expected, found=total)
-    if FLAGS.seed + total - 1 > MAX_SEED:
-        raise InputError("too large for so many images", key="--seed", found=FLAGS.seed)
-    prompts = [prompt for prompt in prompts for _ in range(FLAGS.num_images)]
-    return prompts, range(FLAGS.seed, FLAGS.seed + total)
+    if first + total - 1 > MAX_SEED:
+        raise InputError("too large for so many images", key="--seed", found=first)
+    return [p for p in prompts for _ in range(FLAGS.num_images)], range(first, first + total)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,37 @@ def test_text_file_is_a_prompt_a_line_without_blank_ones(tmp_path: Path):
     assert len(prompts) == 4
 
 
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_what_cannot_be_seen_is_no_prompt(tmp_path: Path, name: str):
+    """U+FEFF (files put together) and U+200B (the web) are at the ends of texts as blanks are."""
+    texts = ["\ufeffa", "\u200b", " \u200b\ufeff\t", "\ufeff \u200bb\u200b ", "c\u200bd\ufeffe"]
+    lines = texts if name == "p.txt" else [f"\ufeff{json.dumps({'prompt': t})}" for t in texts]
+    source = write(tmp_path / name, "\n\u200b\n".join(lines))
+    assert load_prompts(source).texts == ("a", "b", "c\u200bd\ufeffe")
+    assert "holds no prompts" in str(refused(write(tmp_path / name, "\n\u200b\n\ufeff\n")))
+
+
+def test_a_bare_carriage_return_ends_a_line_where_nothing_else_does(tmp_path: Path):
+    for content in ("a\rb\rc", "a\r\rb\rc\r", "a\rb\rc\n", "\ufeffa\rb\rc\r\n"):
+        assert load_prompts(write(tmp_path / "p.txt", content)).texts == ("a", "b", "c")
+    error = refused(write(tmp_path / "p.txt", b"a\r\rcaf\xe9\r"))
+    assert (error.line, error.found) == (3, "byte 0xe9 at column 4")
+    error = refused(write(tmp_path / "p.jsonl", '{"prompt": "a"}\r{"prompt": 3}\r'))
+    assert error.line == 2
+    # elsewhere it is white space, as JSON has it, and lines are those that other tools count
+    assert load_prompts(write(tmp_path / "p.txt", "a\rb\nc\r\r\nd")).texts == ("a\rb", "c", "d")
+    assert refused(write(tmp_path / "p.txt", b"a\rb\nc\r\r\n\xe9")).line == 3
+
+
+def test_what_is_stripped_is_what_python_strips_and_two_more(tmp_path: Path):
+    """Or the digest of prompts of an earlier run would be another, and no resume."""
+    space = [c for c in map(chr, range(sys.maxunicode + 1)) if c.isspace() and c not in "\n\r"]
+    other = ["\u00ad", "\u200c", "\u200d", "\u2060", "\x00", "\x08", "\x7f"]
+    text = "".join(f"{c}a{c}\n" for c in space) + "".join(f"{c}b{c}\n" for c in other)
+    expected = tuple(line.strip() for line in text.split("\n") if line.strip())
+    assert load_prompts(write(tmp_path / "p.txt", text)).texts == expected
+
+
 def test_deduplication_keeps_the_first_and_counts(tmp_path: Path):
     source = write(tmp_path / "p.txt", "b\na\nb \na\nc\n")
     prompts = load_prompts(source, deduplicate=True)
@@ -125,6 +156,16 @@ def test_line_without_the_field_is_refused(tmp_path: Path, line: str, field: str
         tmp_path / "p.jsonl", '{"prompt":"a","caption":"b","Task2":{"Caption":"c"}}\n' + line
     )
     assert f"{source}:2 {said}" in str(refused(source, field=field))
+
+
+def test_what_named_the_field_is_named(tmp_path: Path):
+    said = "expected what --prompt_field names (empty: the usual field), found the fields text"
+    for name, content in (
+        ("p.jsonl", '{"text": "a"}'),
+        ("p.json", '{"annotations": [{"text": 1}]}'),
+    ):
+        source = write(tmp_path / name, content)
+        assert said in str(refused(source, field_key="--prompt_field"))
 
 
 def test_json_that_is_not_coco_is_refused(tmp_path: Path):

@@ -282,3 +282,23 @@ def test_an_output_in_use_is_left_alone(teacher: StableDiffusion, model: Path) -
     with pytest.raises(InputError, match="output folder is in use"):
         save_stable_diffusion(teacher, model)
     assert sorted(str(p) for p in model.rglob("*")) == before
+
+
+def test_a_workdir_is_told_from_a_broken_model(tmp_path: Path) -> None:
+    """The folder of a run is what people have at hand; its model is below it, once it has ended."""
+
+    def said() -> str:
+        with pytest.raises(InputError) as caught:
+            load_stable_diffusion(tmp_path)
+        return str(caught.value)
+
+    none = f"{tmp_path}: not a Stable Diffusion folder: no model_index.json"
+    assert said() == none
+    (tmp_path / "run.json").write_text("{}")
+    command = f"python -m tiue_jax.convert --input={tmp_path} --output=NEW_FOLDER"
+    assert said() == f"{none}; it is the workdir of a training run: write its student by {command}"
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "model_index.json").write_text("{}")
+    assert (
+        said() == f"{none}; it is the workdir of a training run, its student is {tmp_path}/student"
+    )

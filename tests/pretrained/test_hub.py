@@ -136,7 +136,8 @@ def test_only_what_is_needed_comes_and_only_once(ask: Callable[..., list[Done]],
     hub.asked.clear()
     offline, other = ask("owner/tiny-sd", "owner/tiny-sd@v2", HF_HUB_OFFLINE="1")
     assert (offline.code, offline.out) == (0, done.out)
-    _assert_refused(other, "tiny-sd@v2: is not in the cache, and HF_HUB_OFFLINE forbids to ask")
+    said = f"owner/tiny-sd@v2: {TAKEN}is not in the cache, and HF_HUB_OFFLINE forbids to ask"
+    _assert_refused(other, said)
     (folder / "unet/config.json").unlink()
     _assert_refused(*ask("owner/tiny-sd", HF_HUB_OFFLINE="1"), "no unet/config.json")
     assert hub.asked == []
@@ -182,18 +183,19 @@ def test_a_variant_comes_where_there_is_one(ask: Callable[..., list[Done]], hub:
     }
 
 
+TAKEN = "no such folder or file, so taken as a hub id: "
 REFUSED: dict[str, tuple[tuple[int, str], str]] = {
     "gated": ((403, "GatedRepo"), "is gated: accept its terms at http"),
-    "private": ((401, "RepoNotFound"), "neither a folder nor a repository of the hub; if it is"),
+    "private": ((401, "RepoNotFound"), "no such repository of the hub; if it is"),
     "token": ((401, "Invalid credentials in Authorization header"), "the hub does not know the"),
     "forbidden": ((403, "Forbidden"), "the hub refuses access (403): log in with `hf auth login`"),
     "broken": ((500, "Internal"), "the hub answers with an error (500): try again later"),
     "portal": ((200, ""), "what http"),
 }
 ABSENT = {
-    "owner/nothing": "owner/nothing: neither a folder nor a repository of the hub; if",
-    "owner/tiny-sd@v9": "owner/tiny-sd: no such revision, found v9",
-    **{old: f"{old}: has left the hub, expected {new}" for old, new in MOVED.items()},
+    "owner/nothing": f"owner/nothing: {TAKEN}no such repository of the hub; if",
+    "owner/tiny-sd@v9": f"owner/tiny-sd: {TAKEN}no such revision, found v9",
+    **{old: f"{old}: {TAKEN}has left the hub, expected {new}" for old, new in MOVED.items()},
 }
 
 
@@ -201,7 +203,7 @@ def test_a_refusal_is_one_line_that_says_what_to_do(
     ask: Callable[..., list[Done]], hub: Hub
 ) -> None:
     hub.refused = {f"owner/{fault}": answer for fault, (answer, _) in REFUSED.items()}
-    messages = [f"owner/{fault}: {message}" for fault, (_, message) in REFUSED.items()]
+    messages = [f"owner/{fault}: {TAKEN}{message}" for fault, (_, message) in REFUSED.items()]
     for done, message in zip(
         ask(*hub.refused, *ABSENT), [*messages, *ABSENT.values()], strict=True
     ):
@@ -215,7 +217,7 @@ def test_an_unreachable_hub_is_one_line(ask: Callable[..., list[Done]]) -> None:
         HF_ENDPOINT="http://127.0.0.1:1",
         HF_TOKEN="hf_x",
     )
-    _assert_refused(away, "owner/tiny-sd: the hub (http://127.0.0.1:1) cannot be reached (")
+    _assert_refused(away, f"owner/tiny-sd: {TAKEN}the hub (http://127.0.0.1:1) cannot be reached (")
     assert "set HF_HUB_OFFLINE=1 for what is in the cache" in away.err
     _assert_refused(push, "owner/new: the hub (http://127.0.0.1:1) cannot be reached (")
 

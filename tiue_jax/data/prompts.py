@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ TFDS_PREFIX = "tfds:"
 _TFDS_FIELDS = ("caption", "captions.text", "prompt", "text")  # the first that a data set has
 _COCO_FIELD = "caption"
 _JSONL_FIELD = "prompt"
-_SAID_BY = "what data.field names (empty: the usual field)"
+# At the ends of texts: what `str.strip` takes, byte order marks and spaces of no width.
+_BLANK = "".join(c for c in map(chr, range(0x3001)) if c.isspace()) + "\ufeff\u200b"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Prompts:
     """The prompts of a source, in its order, without blank ones.
 
     Attributes:
-        texts: at least one; stripped of surrounding white space.
+        texts: at least one; stripped of surrounding white space, U+FEFF and U+200B.
         source: the source as it was named.
         repeats: how many were left out because the same text came before.
     """
@@ -56,7 +58,12 @@ class Prompts:
 
 
 def load_prompts(
-    source: str, *, field: str = "", deduplicate: bool = False, key: str = "data.source"
+    source: str,
+    *,
+    field: str = "",
+    deduplicate: bool = False,
+    key: str = "data.source",
+    field_key: str = "data.field",
 ) -> Prompts:
     """Read all prompts of `source`.
 
@@ -68,12 +75,13 @@ def load_prompts(
             Empty takes "prompt" of JSON lines, "caption" of COCO's JSON, and of a data set the
             first of "caption", "captions.text", "prompt", "text" that it has.
         deduplicate: keep only the first of equal texts.
-        key: the config key or flag that named the source, for messages.
+        key, field_key: the config keys or flags that name source and field, for messages.
 
     Raises:
         InputError: the source is missing, empty, broken, or without the field; with file and line.
     """
-    texts = [text for raw in _read(source, field, key) if (text := raw.strip())]
+    raws = _read(source, field, key, field_key)
+    texts = [text for raw in raws if (text := raw.strip(_BLANK))]
     if not texts:
         raise InputError("holds no prompts", file=source, expected="at least one that is not blank")
     kept = tuple(dict.fromkeys(texts)) if deduplicate else tuple(texts)
@@ -98,9 +106,9 @@ def require_text(text: str, **place: Any) -> None:
         raise InputError("not UTF-8 text", **place, expected="UTF-8", found=found) from error
 
 
-def _read(source: str, field: str, key: str) -> Iterator[str]:
+def _read(source: str, field: str, key: str, field_key: str) -> Iterator[str]:
     if source.startswith(TFDS_PREFIX):
-        return _read_tfds(source, field, key)
+        return _read_tfds(source, field, key, field_key)
     path = Path(source)
     reader = _READERS.get(path.suffix.lower())
     choices = f"one of {', '.join(sorted(_READERS))}, or {TFDS_PREFIX}NAME[:split][:field]"
@@ -111,15 +119,19 @@ def _read(source: str, field: str, key: str) -> Iterator[str]:
         raise InputError(what, file=source, key=key, expected=choices)
     if reader is None:
         raise InputError("unknown kind of prompt file", file=source, key=key, expected=choices)
-    return reader(path, field)
+    return reader(path, field, field_key)
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, text) for the lines that are not blank."""
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+        first, second = file.readline(), file.readline()
+        # Bare CRs end lines where no LF is before the end; elsewhere they are space in a line,
+        # so that an error's number is that of sed and grep.
+        lines: Iterable[bytes] = chain([first, second], file) if second else first.splitlines()
+        for number, raw in enumerate(lines, start=1):
             encoding = "utf-8-sig" if number == 1 else "utf-8"
-            if text := _decode(raw, encoding, file=path, line=number).strip():
+            if text := _decode(raw, encoding, file=path, line=number).strip(_BLANK):
                 yield number, text
 
 
@@ -131,21 +143,21 @@ def _decode(raw: bytes, encoding: str = "utf-8", **place: Any) -> str:
         raise InputError("not UTF-8 text", **place, expected="UTF-8", found=found) from error
 
 
-def _read_text(path: Path, field: str) -> Iterator[str]:
-    del field  # a line has no fields
+def _read_text(path: Path, field: str, field_key: str) -> Iterator[str]:
+    del field, field_key  # a line has no fields
     return (text for _, text in _read_lines(path))
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+def _read_jsonl(path: Path, field: str, field_key: str) -> Iterator[str]:
     for number, line in _read_lines(path):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:  # ValueError: a number of 5000 digits, too
             raise InputError(f"broken JSON: {error}", file=path, line=number) from error
-        yield from _pick(record, field or _JSONL_FIELD, file=path, line=number)
+        yield from _pick(record, field or _JSONL_FIELD, field_key, file=path, line=number)
 
 
-def _read_coco(path: Path, field: str) -> Iterator[str]:
+def _read_coco(path: Path, field: str, field_key: str) -> Iterator[str]:
     try:
         document = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -156,20 +168,23 @@ def _read_coco(path: Path, field: str) -> Iterator[str]:
             "not COCO captions", file=path, key="annotations", expected="a list of captions"
         )
     for record in records:
-        yield from _pick(record, field or _COCO_FIELD, file=path)
+        yield from _pick(record, field or _COCO_FIELD, field_key, file=path)
 
 
-def _pick(record: Any, field: str, *, file: str | Path, line: int | None = None) -> tuple[str, ...]:
+def _pick(
+    record: Any, field: str, field_key: str, *, file: str | Path, line: int | None = None
+) -> tuple[str, ...]:
     """Return the text, or texts, at `field` of a decoded JSON object."""
     place: dict[str, Any] = {"file": file, "line": line, "key": field}
+    said_by = f"what {field_key} names (empty: the usual field)"
     value = record
     for name in field.split("."):
         if not isinstance(value, dict):
             found = f"{type(value).__name__} where {name!r} should be in an object"
-            raise InputError("field is missing", **place, expected=_SAID_BY, found=found)
+            raise InputError("field is missing", **place, expected=said_by, found=found)
         if name not in value:
             found = f"the fields {', '.join(map(str, list(value)[:8]))}" if value else "no fields"
-            raise InputError("field is missing", **place, expected=_SAID_BY, found=found)
+            raise InputError("field is missing", **place, expected=said_by, found=found)
         value = value[name]
     texts = tuple(value) if isinstance(value, list) else (value,)
     for text in texts:
@@ -180,7 +195,7 @@ def _pick(record: Any, field: str, *, file: str | Path, line: int | None = None)
     return texts
 
 
-def _read_tfds(source: str, field: str, key: str) -> Iterator[str]:
+def _read_tfds(source: str, field: str, key: str, field_key: str) -> Iterator[str]:
     """Yield the texts of one field. Reads only that field's bytes into Python: images stay packed.
 
     The builder is made from the prepared files and not from its code, because the code of many
@@ -197,7 +212,7 @@ def _read_tfds(source: str, field: str, key: str) -> Iterator[str]:
             "data set has no such text field",
             file=source,
             key=field or key,
-            expected=f"a field of text, named as {TFDS_PREFIX}NAME:SPLIT:FIELD",
+            expected=f"a field of text, named by {field_key} or as {TFDS_PREFIX}NAME:SPLIT:FIELD",
             found=f"the fields {', '.join(sorted(features))}",
         )
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
@@ -276,7 +291,7 @@ def _is_text(features: Any, field: str) -> bool:
     return scalar and np.dtype(found.np_dtype).kind == "O" and sequences <= 1
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+_READERS: dict[str, Callable[[Path, str, str], Iterator[str]]] = {
     ".txt": _read_text,
     ".jsonl": _read_jsonl,
     ".json": _read_coco,

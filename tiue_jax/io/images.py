@@ -6,10 +6,12 @@ import io
 import json
 import math
 import re
+import signal
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from tqdm import tqdm
 from tiue_jax.io.files import write_atomic
 
 GRID_IMAGES = 64  # at most in a grid of samples, or that of thousands could not be opened
+MAX_IMAGES = 100_000  # in a folder of samples: a file's number has five digits
 Images = UInt8[np.ndarray, "n h w 3"]
 
 
@@ -47,6 +50,20 @@ def encode_png(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def stop_as_by_ctrl_c() -> None:
+    """Let SIGTERM, which batch systems send, stop a command as Ctrl-C does, exit code and all.
+
+    It counts once: timeout(1) sends two, and the second would stop `SampleFolder.fill` saving.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 class SampleFolder:

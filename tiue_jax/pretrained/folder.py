@@ -291,8 +291,20 @@ def _require_model(folder: Path) -> None:
         raise InputError(what, file=folder, expected="a folder with model_index.json")
     index = folder / "model_index.json"
     if not index.exists():
-        raise InputError("not a Stable Diffusion folder: no model_index.json", file=folder)
+        what = f"not a Stable Diffusion folder: no model_index.json{_workdir_hint(folder)}"
+        raise InputError(what, file=folder)
     require_pipeline(index)
+
+
+def _workdir_hint(folder: Path) -> str:
+    """Say where the model of a training run is, if `folder` is the workdir of one."""
+    if not (folder / "run.json").is_file():
+        return ""
+    what, student = "; it is the workdir of a training run", folder / "student"
+    if (student / "model_index.json").is_file():
+        return f"{what}, its student is {student}"
+    command = f"python -m tiue_jax.convert --input={folder} --output=NEW_FOLDER"
+    return f"{what}: write its student by {command}"
 
 
 def require_pipeline(index: Path) -> None:

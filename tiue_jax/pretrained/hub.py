@@ -76,6 +76,7 @@ _VARIANT = r"[A-Za-z0-9_-]{1,32}?"
 _SHARD = r"-\d{5}-of-\d{5}"
 # httpx's, in whichever of its packages this huggingface_hub has: what a failed request raises.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+_TAKEN = "no such folder or file, so taken as a hub id: "  # a path may be mistyped
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -156,9 +157,9 @@ def _resolve(
 
     def download(names: list[str]) -> Path:
         fetch = partial(snapshot_download, repo_id, revision=revision, allow_patterns=names)
-        return Path(_ask(fetch, repo_id, revision))
+        return Path(_ask(fetch, repo_id, revision, _TAKEN))
 
-    names = _ask(listing, repo_id, revision)
+    names = _ask(listing, repo_id, revision, _TAKEN)
     if index in names:
         check(download([index]) / index)
     return download(choose(names, repo_id))
@@ -285,7 +286,7 @@ def _cached(
         )
     except LocalEntryNotFoundError as error:
         what = "is not in the cache, and HF_HUB_OFFLINE forbids to ask the hub: unset it once"
-        raise InputError(what, file=_shown(repo_id, revision)) from error
+        raise InputError(_TAKEN + what, file=_shown(repo_id, revision)) from error
     folder = Path(found)
     choose(_files_below(folder), folder)
     return folder
@@ -327,16 +328,20 @@ def _no_weights(part: str, there: set[str], shown: StrPath) -> InputError:
     return InputError(what, file=shown, found=min(pickles, default=None))
 
 
-def _ask(request: Callable[[], T], repo_id: str, revision: str | None) -> T:
-    """Return what `request` does; whatever the hub makes of it becomes an InputError."""
+def _ask(request: Callable[[], T], repo_id: str, revision: str | None, before: str = "") -> T:
+    """Return what `request` does; whatever the hub makes of it becomes an InputError.
+
+    Args:
+        before: what its message begins with.
+    """
     try:
         return request()
-    except OSError as error:
-        if error.errno is not None:  # of the disk
-            raise
-        raise _refusal(error, repo_id, revision) from error
     except Exception as error:  # huggingface_hub raises of every kind when an answer is malformed
-        raise _refusal(error, repo_id, revision) from error
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk
+            raise
+        refusal = _refusal(error, repo_id, revision)
+        refusal.what = before + refusal.what
+        raise refusal from error
 
 
 def _refusal(error: Exception, repo_id: str, revision: str | None) -> InputError:
@@ -350,7 +355,7 @@ def _refusal(error: Exception, repo_id: str, revision: str | None) -> InputError
     if isinstance(error, RepositoryNotFoundError):
         if repo_id in MOVED:
             return InputError("has left the hub", file=shown, expected=MOVED[repo_id])
-        what = f"neither a folder nor a repository of the hub; if it is private, {_LOG_IN}"
+        what = f"no such repository of the hub; if it is private, {_LOG_IN}"
         return InputError(what, file=shown)
     if isinstance(error, LocalTokenNotFoundError):
         return InputError(f"needs a token: {_LOG_IN}", file=shown)

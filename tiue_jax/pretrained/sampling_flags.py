@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
+from tiue_jax.diffusion.schedule import TIMESTEP_SPACINGS
 from tiue_jax.io.errors import InputError
 from tiue_jax.io.images import Images
 from tiue_jax.pretrained.methods import METHODS
@@ -21,6 +22,9 @@ _METHOD = flags.DEFINE_enum("method", "auto", ["auto", *METHODS], "How images ar
 _TEACHER = flags.DEFINE_bool("teacher", False, "The same as --method=teacher.")
 _STEPS = flags.DEFINE_integer(
     "num_steps", None, f"Decoders or steps. By default what tiue.json says, or {_DEFAULT_STEPS}.", 1
+)
+_SPACING = flags.DEFINE_enum(
+    "timestep_spacing", None, TIMESTEP_SPACINGS, "Of the timesteps. By default as the model says."
 )
 _GUIDANCE = flags.DEFINE_float(
     "guidance_scale",
@@ -38,7 +42,8 @@ _DECODER = flags.DEFINE_enum("decoder", "vae", ["vae", "taesd"], "taesd: faster,
 _TAESD = flags.DEFINE_string(
     "taesd", "madebyollin/taesd", "With --decoder=taesd: its folder or hub id."
 )
-_SETTINGS = ("num_steps", "guidance_scale", "negative_prompt")  # that an error may be about
+# Settings that an error may be about.
+_SETTINGS = ("num_steps", "timestep_spacing", "guidance_scale", "negative_prompt")
 
 
 def sample_by_flags(model: str, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Images]:
@@ -68,6 +73,7 @@ def _batches(
             seeds,
             method="teacher" if _TEACHER.value else _METHOD.value,
             num_steps=_STEPS.value,
+            timestep_spacing=_SPACING.value,
             guidance_scale=_GUIDANCE.value,
             negative_prompt=_NEGATIVE.value,
         )
