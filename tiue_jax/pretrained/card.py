@@ -62,9 +62,7 @@ def decode(x, skips, t, context):
     for block in unet.up_blocks:
         n = len(block.resnets)
         cross = {{"encoder_hidden_states": context}} if hasattr(block, "attentions") else {{}}
-        x = block(
-            hidden_states=x, res_hidden_states_tuple=tuple(skips[-n:]), temb=temb, **cross
-        )
+        x = block(hidden_states=x, res_hidden_states_tuple=tuple(skips[-n:]), temb=temb, **cross)
         del skips[-n:]
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
 
