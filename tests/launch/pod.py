@@ -8,7 +8,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,26 @@ MV = """#!/usr/bin/env bash
 if [[ $1 == */gcs/flat-* ]]; then echo "mv: Function not implemented" >&2; exit 1; fi
 exec /usr/bin/mv "$@"
 """
+
+
+@contextmanager
+def beside(line: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Run a command beside the test, and kill it where the test fails."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(line, **options, stdout=pipe, stderr=pipe) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until something is true, for as long as PATIENCE."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "waited for too long"
+        time.sleep(0.05)
 
 
 class Pod:
@@ -157,14 +178,8 @@ class Pod:
     def started(self, script: str, *args: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
         """Run a script on the settings file beside the test, and kill it where the test fails."""
         line, common = self.command(script, *args, str(self.settings))
-        with subprocess.Popen(
-            line, **common, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as process:
-            try:
-                yield process
-            except BaseException:
-                process.kill()
-                raise
+        with beside(line, **common, **options) as process:
+            yield process
 
     def calls(self) -> list[list[str]]:
         """The arguments of every call of gcloud, without the two words that all begin with."""

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.launch.pod import LAUNCH, PATIENCE, ROOT, SCRIPTS, TOKEN
+from tests.launch.pod import LAUNCH, PATIENCE, ROOT, SCRIPTS, TOKEN, beside, wait_for
 
 SHELL = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 ARGS = ["--config=configs/sd15.py", "--workdir=/a b/c", "--config.x=$(touch pwned);\n'\""]
@@ -88,19 +87,9 @@ class Slurm:
             "SLURM_JOB_ID": "123",
             "HF_TOKEN": TOKEN,
         } | {key: str(value) for key, value in env.items()}
-        with subprocess.Popen(
-            ["bash", str(script), *args],
-            cwd=self.folder,
-            env=variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            try:
-                yield process
-            except BaseException:
-                process.kill()
-                raise
+        line = ["bash", str(script), *args]
+        with beside(line, cwd=self.folder, env=variables, text=True) as process:
+            yield process
 
     def run(self, *args: str, **env: Any) -> tuple[int, str, str]:
         """The same to its end: exit code, output, errors."""
@@ -151,10 +140,8 @@ def test_slurm_restarts_have_a_limit(slurm: Slurm) -> None:
 def test_slurm_script_outlives_the_signal_to_requeue(slurm: Slurm) -> None:
     signalled = slurm.folder / "signalled"
     with slurm.started(*ARGS, SRUN_CODE=75, SRUN_UNTIL=signalled) as process:
-        end = time.monotonic() + PATIENCE
-        while not slurm.calls():
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.05)
+        wait_for(lambda: process.poll() is not None or bool(slurm.calls()))
+        assert process.poll() is None
         process.terminate()
         signalled.touch()
         process.communicate(timeout=PATIENCE)

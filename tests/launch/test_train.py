@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.launch.fake_gcloud import end_run
-from tests.launch.pod import PATIENCE, TOKEN, Pod
+from tests.launch.pod import PATIENCE, TOKEN, Pod, wait_for
 
 HOSTILE = [
     "--config.a=two  words",
@@ -23,13 +21,6 @@ HOSTILE = [
     "--config.f=* ? [a] {b,c} ~ # ! é",
     "-",
 ]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "waited for too long"
-        time.sleep(0.05)
 
 
 def test_from_nothing_to_done(pod: Pod) -> None:

@@ -4,7 +4,6 @@ Real processes of the real command on the loopback. Only the first test has the 
 """
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -29,6 +28,7 @@ from tests.training.tiny_run import (
     make_teacher,
     slurm_environment,
 )
+from tests.training.toy_step import logged, steps_of
 from tiue_jax.pretrained.folder import load_stable_diffusion
 from tiue_jax.training import setup
 from tiue_jax.training.checkpoint import restore_params
@@ -151,15 +151,6 @@ def go_on(launcher: Launcher, workdir: str) -> Path:
 def undisturbed(launcher: Launcher) -> Path:
     """A run of toy steps on one host, to the end."""
     return go_on(launcher, "undisturbed")
-
-
-def logged(workdir: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
-
-
-def steps_of(workdir: Path) -> list[int]:
-    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
 def assert_same_run(found: Path, wanted: Path) -> None:
